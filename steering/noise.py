@@ -1,0 +1,157 @@
+"""Named noise: equal names give equal numbers, at any batch size, in any order.
+
+A :class:`NoiseKey` names one stream of random numbers. Its numbers come from the counter-based
+generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), with
+the slot in the counter, so a whole batch of slots is drawn at once and each slot is independent of
+how many neighbours it has. Box-Muller runs in float64 and is rounded to float32 at the end.
+
+The second half holds moves in noise space; each says which law it keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Names a stream of random numbers.
+
+    ``slot`` is the position of a particle, never its ancestor: twins made by resampling must part.
+    """
+
+    seed: int
+    stream: str = "proposal"
+    step: int = 0
+    slot: int = 0
+
+    def at(self, **changes: object) -> NoiseKey:
+        """The same key with some of its parts replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator for code that wants one (diffusers' ``generator=``)."""
+        digest = self._digest(f"/{self.slot}")
+        return torch.Generator("cpu").manual_seed(digest >> 1)
+
+    def normal(
+        self, slots: int | Sequence[int], shape: Sequence[int], *, device: str = "cpu"
+    ) -> Tensor:
+        """Standard normal numbers, one row per slot: float32 [n, *shape].
+
+        ``slots`` is a count n (slots ``self.slot`` to ``self.slot + n - 1``) or a list of offsets.
+        """
+        width = math.prod(shape)
+        words = self._words(slots, -(-width // 4), device, kind=0)
+        u = (words.double() + 0.5) * 2.0**-32
+        radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
+        angle = 2.0 * math.pi * u[..., 1::2]
+        pair = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
+        rows = pair.flatten(1)[:, :width].float()
+        return rows.reshape(rows.shape[0], *shape)
+
+    def uniform(
+        self, slots: int | Sequence[int], shape: Sequence[int] = (), *, device: str = "cpu"
+    ) -> Tensor:
+        """Uniform numbers in (0, 1), one row per slot: float64 [n, *shape]."""
+        width = math.prod(shape)
+        words = self._words(slots, -(-width // 2), device, kind=1)
+        high, low = words[..., 0::2], words[..., 1::2]
+        u = ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+        return u.flatten(1)[:, :width].reshape(-1, *shape)
+
+    def _digest(self, suffix: str = "") -> int:
+        name = f"{self.seed}/{self.stream}/{self.step}{suffix}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+    def _words(self, slots: int | Sequence[int], blocks: int, device: str, *, kind: int) -> Tensor:
+        """Philox output as int64 in [0, 2**32): [n, blocks, 4].
+
+        ``kind`` keeps the normal and the uniform numbers of one key independent.
+        """
+        offsets = range(slots) if isinstance(slots, int) else slots
+        rows = torch.tensor([self.slot + k for k in offsets], dtype=torch.int64, device=device)
+        digest = self._digest()
+        block = torch.arange(blocks, dtype=torch.int64, device=device).expand(len(rows), blocks)
+        c0, c1 = block & _MASK, (rows & _MASK)[:, None].expand_as(block)
+        c2, c3 = torch.full_like(block, kind), (rows >> 32 & _MASK)[:, None].expand_as(block)
+        return torch.stack(_philox(c0, c1, c2, c3, digest & _MASK, digest >> 32), -1)
+
+
+def _philox(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # int64 products wrap modulo 2**64, which leaves both 32-bit halves of the product intact.
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            (p0 >> 32 & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def categorical(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Indices drawn by inverting the cumulative sum; an index of probability 0 is never drawn.
+
+    Args:
+        probabilities: [..., K], not negative, any positive sum; broadcast against ``uniform``.
+        uniform: numbers in (0, 1), [...].
+    """
+    total = probabilities.cumsum(-1)
+    below = total < (uniform * total[..., -1])[..., None]
+    return below.sum(-1)
+
+
+# --- moves in noise space -------------------------------------------------------------------
+
+
+def blend(x: Tensor, z: Tensor, beta: float) -> Tensor:
+    """sqrt(1 - beta^2) x + beta z: keeps N(0, I) and lets the norm move.
+
+    Preconditioned Crank-Nicolson (Cotter et al. 2013); EvoSearch's first level (2025).
+    """
+    return math.sqrt(1.0 - beta * beta) * x + beta * z
+
+
+def sphere_neighbour(x: Tensor, z: Tensor, cosine: float) -> Tensor:
+    """A point at the given cosine from each row of ``x``, at the same norm (Ma et al. 2025).
+
+    Keeps N(0, I) over random ``x``, but stays on the sphere of each ``x``.
+    """
+    flat, other = x.flatten(1).double(), z.flatten(1).double()
+    norm = flat.norm(dim=1, keepdim=True)
+    u = flat / norm
+    w = other - (other * u).sum(1, keepdim=True) * u
+    w = w / w.norm(dim=1, keepdim=True)
+    moved = norm * (cosine * u + math.sqrt(1.0 - cosine * cosine) * w)
+    return moved.reshape(x.shape).to(x.dtype)
+
+
+def crossover(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Takes each coordinate from ``a`` where ``mask`` else from ``b``: keeps N(0, I) for
+    independent parents."""
+    return torch.where(mask, a, b)
+
+
+def eps_blend(
+    x0: Tensor, eps: Tensor, z: Tensor, alpha: float, sigma: float, beta: float
+) -> Tensor:
+    """Keeps the clean estimate and refreshes part of the noise: alpha x0 + sigma blend(eps, z).
+
+    Approximately keeps the marginal at this noise level; exact for beta = 0.
+    """
+    return alpha * x0 + sigma * blend(eps, z, beta)
