@@ -72,7 +72,7 @@ def uniform(n: int) -> list[float]:
     return [1.0 - u for u in _ramp(n)]
 
 
-def shifted(n: int, shift: float) -> list[float]:
+def shifted(n: int, shift: float = 3.0) -> list[float]:
     """Uniform with the odds t / (1 - t) multiplied by ``shift`` (SD3: 3; FLUX: exp(mu))."""
     if shift <= 0:
         raise OptionError(f"shift must be positive, got {shift}.")

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from steering.errors import OptionError
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -131,7 +133,12 @@ def sphere_neighbour(x: Tensor, z: Tensor, cosine: float) -> Tensor:
     """A point at the given cosine from each row of ``x``, at the same norm (Ma et al. 2025).
 
     Keeps N(0, I) over random ``x``, but stays on the sphere of each ``x``.
+
+    Raises:
+        OptionError: a state of one number has no neighbours on its sphere.
     """
+    if math.prod(x.shape[1:]) < 2:
+        raise OptionError(f"Sphere neighbours need at least two dimensions, got {x.shape[1:]}.")
     flat, other = x.flatten(1).double(), z.flatten(1).double()
     norm = flat.norm(dim=1, keepdim=True)
     u = flat / norm

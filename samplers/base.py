@@ -1,0 +1,108 @@
+"""Options that every sampler shares: how it steps and on which noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from steering.errors import BudgetError, OptionError, unknown_name
+from steering.grids import SHAPES, Grid, on_path
+from steering.method import Cost, Plan
+from steering.model import Model
+from steering.transitions import (
+    EtaKernel,
+    FullRenoise,
+    Transition,
+    dance_grpo,
+    flow_grpo,
+    memoryless,
+    rbf_sde,
+)
+
+TRANSITIONS: dict[str, Callable[[], Transition]] = {
+    "flow_grpo": flow_grpo,
+    "dance_grpo": dance_grpo,
+    "rbf": rbf_sde,
+    "memoryless": memoryless,
+    "full_renoise": FullRenoise,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Base of the methods that walk a grid.
+
+    Attributes:
+        eta: noise of the eta-kernel: 0 follows the ODE, 1 is the memoryless SDE.
+        transition: "eta" for the eta-kernel, or an Euler-Maruyama preset by name.
+        grid: "own" for the pipeline's noise levels, or the name of another shape.
+        steps: number of steps of another shape; the pipeline's own number by default.
+    """
+
+    eta: float = 0.0
+    transition: str = "eta"
+    grid: str = "own"
+    steps: int | None = None
+
+    presets: ClassVar[dict[str, dict[str, object]]] = {}
+
+    def __post_init__(self) -> None:
+        if self.transition != "eta" and self.transition not in TRANSITIONS:
+            raise unknown_name("transition", self.transition, ["eta", *TRANSITIONS])
+        if self.grid != "own" and self.grid not in SHAPES:
+            raise unknown_name("grid", self.grid, ["own", *SHAPES])
+        if self.grid == "own" and self.steps is not None:
+            raise OptionError(
+                "steps belongs to grids other than the pipeline's own; pass "
+                "num_inference_steps to the pipeline, or name a grid."
+            )
+        EtaKernel(eta=self.eta)
+
+    def kernel(self) -> Transition:
+        """The transition these options name."""
+        if self.transition == "eta":
+            return EtaKernel(eta=self.eta)
+        return TRANSITIONS[self.transition]()
+
+    def levels(self, model: Model) -> Grid:
+        """The noise levels to visit."""
+        if self.grid == "own":
+            return model.grid()
+        return on_path(model.path, SHAPES[self.grid](self.steps or len(model.grid())))
+
+
+def afford(plan: Plan, cost: Callable[[int], Cost], default: int, what: str) -> int:
+    """The largest population that the budget pays for, or the default where there is no cap.
+
+    Raises:
+        BudgetError: not even one; says how much one needs.
+    """
+    limits = []
+    for name in ("nfe", "reward_calls"):
+        cap = getattr(plan.budget, name)
+        if cap is None:
+            continue
+        one, two = getattr(cost(1), name), getattr(cost(2), name)
+        if one > cap:
+            raise BudgetError(
+                f"{name}={cap} is too small: one {what} needs {one} here "
+                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step)."
+            )
+        limits.append(1 + (cap - one) // (two - one))
+    return min(limits) if limits else default
+
+
+def within_budget(plan: Plan, cost: Cost, what: str) -> None:
+    """Raises where a size the user chose costs more than the budget.
+
+    Raises:
+        BudgetError: says what is needed.
+    """
+    for name in ("nfe", "reward_calls"):
+        cap, need = getattr(plan.budget, name), getattr(cost, name)
+        if cap is not None and need > cap:
+            raise BudgetError(
+                f"{what} needs {name}={need}, the budget is {cap}. Raise the budget, or lower "
+                "the number of samples or steps."
+            )

@@ -1,0 +1,252 @@
+"""Feynman-Kac steering: particles that are resampled towards reward while they are denoised.
+
+Singhal et al. (2025), "A general framework for inference-time scaling and steering of diffusion
+models", arXiv 2501.06848. At checkpoints the current estimate of x0 is scored, a cumulative log
+potential phi is formed from rho = reward_scale * r, and the weights follow
+
+    log_w += phi_t - phi_previous,    phi_0 = reward_scale * r(delivered sample)
+
+Telescoping gives every particle the total weight exp(reward_scale r(x0)) whatever the potentials
+in between, so they change variance only. Weights are carried through steps without resampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError
+from steering.grids import Grid
+from steering.method import Context, Cost, Plan, as_float64
+from steering.particles import State, ess, log_mean_exp, resample
+from steering.paths import Time
+from steering.registry import METHODS
+from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
+from steering.resampling import scheme
+from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.fk_authors import run_authors
+
+Potential = Callable[[Tensor], Tensor]
+"""rho [m, n] at the m checkpoints so far -> cumulative log potential [n]."""
+
+POTENTIALS: dict[str, Potential] = {
+    "difference": lambda rho: rho[-1],
+    "max": lambda rho: rho.max(0).values,
+    "sum": lambda rho: rho.sum(0),
+    "none": lambda rho: torch.zeros_like(rho[-1]),
+}
+
+
+@METHODS.register("fk")
+@dataclass(frozen=True, kw_only=True)
+class FK(Sampler):
+    """Feynman-Kac steering.
+
+    Attributes:
+        n_particles: how many; None spends the budget (8 where there is none).
+        reward_scale: lambda of the target p(x) exp(lambda r(x)).
+        potential: "difference", "max", "sum", "none", or a function of rho [m, n] -> [n].
+        checkpoints: where to score and resample, as fractions of the steps made.
+        noise_levels: the same as noise shares sigma / (alpha + sigma), instead of fractions.
+        resample: "ess" when the effective sample size falls below ess_threshold * n_particles,
+            "always" or "never".
+        resampler: a scheme of steering.resampling.
+        lookahead: deterministic-to-random steps from a checkpoint to a sample to score; 0 scores
+            the one-step estimate of x0. Costs lookahead network calls per particle and draw.
+        n_draws: look-ahead samples per particle; their potential is log mean exp(rho).
+        mode: "exact", or "authors" for the behaviour of the published code (its weights are
+            dropped when ESS is high and its last correction is of an estimate).
+    """
+
+    n_particles: int | None = None
+    reward_scale: float = 10.0
+    potential: str | Potential = "difference"
+    checkpoints: tuple[float, ...] = (0.4, 0.55, 0.7, 0.85)
+    noise_levels: tuple[float, ...] | None = None
+    resample: Literal["ess", "always", "never"] = "ess"
+    ess_threshold: float = 0.5
+    resampler: str = "systematic"
+    lookahead: int = 0
+    n_draws: int = 1
+    mode: Literal["exact", "authors"] = "exact"
+    eta: float = 1.0
+
+    name: ClassVar[str] = "fk"
+    summary: ClassVar[str] = "particles resampled towards reward while they are denoised"
+    paper: ClassVar[str] = "Singhal et al. 2025, arXiv 2501.06848"
+    target: ClassVar[str] = "tilted"
+    needs_gradient: ClassVar[bool] = False
+    needs_stochastic: ClassVar[bool] = True
+    anytime: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, object]]] = {
+        # Authors' scripts for SD and SDXL: 4 particles, 100 DDIM steps, checkpoints 20, 40, ...
+        # 80 of 100, lambda 10. Their potential is max; ours is exact with any.
+        "sd15": {"n_particles": 4, "potential": "max", "checkpoints": (0.2, 0.4, 0.6, 0.8)},
+        "sdxl": {"n_particles": 4, "potential": "max", "checkpoints": (0.2, 0.4, 0.6, 0.8)},
+        # One-step estimates of flow models carry little before a third of the steps.
+        "flow": {"n_particles": 8, "checkpoints": (0.4, 0.6, 0.8), "eta": 0.5},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_particles is not None and self.n_particles < 1:
+            raise OptionError(f"fk: n_particles must be at least 1, got {self.n_particles}.")
+        if isinstance(self.potential, str) and self.potential not in POTENTIALS:
+            raise OptionError(
+                f"fk: unknown potential {self.potential!r}; known: {', '.join(POTENTIALS)}, or a "
+                "function of the scaled rewards [m, n]."
+            )
+        if not all(0.0 <= f < 1.0 for f in self.checkpoints):
+            raise OptionError(f"fk: checkpoints are fractions in [0, 1), got {self.checkpoints}.")
+        if not 0.0 <= self.ess_threshold <= 1.0:
+            raise OptionError(f"fk: ess_threshold must lie in [0, 1], got {self.ess_threshold}.")
+        if self.lookahead < 0 or self.n_draws < 1:
+            raise OptionError("fk: lookahead must be >= 0 and n_draws >= 1.")
+        scheme(self.resampler)
+        self._check_stochastic()
+
+    def _check_stochastic(self) -> None:
+        many = self.n_particles is None or self.n_particles > 1
+        if many and self.resample != "never" and not self.kernel().stochastic:
+            raise OptionError(
+                "fk resamples, but eta=0 makes the sampler deterministic: copies of a particle "
+                "would stay identical. Set eta > 0 (for flow models too: the eta-kernel keeps "
+                "their marginals), or resample='never'."
+            )
+
+    def checkpoint_steps(self, grid: Grid) -> list[int]:
+        """Step indices before which particles are scored."""
+        if self.noise_levels is not None:
+            steps = {grid.index_of_sigma(level) for level in self.noise_levels}
+        else:
+            steps = {grid.nearest(fraction) for fraction in self.checkpoints}
+        return sorted(i for i in steps if i < len(grid))
+
+    def cost(self, plan: Plan) -> Cost:
+        n, steps = self.n_particles or 1, self.checkpoint_steps(plan.grid)
+        if self.mode == "authors":
+            scored = n * len({*steps, len(plan.grid) - 1}) + n
+            return Cost(nfe=n * plan.trajectory, decodes=scored, reward_calls=scored)
+        if self.potential == "none":
+            steps = []
+        scored = n * self.n_draws * len(steps) + n
+        ahead = sum(sum(self._ahead_costs(plan, i)) for i in steps)
+        nfe = n * plan.trajectory + n * self.n_draws * ahead
+        return Cost(nfe=nfe, decodes=scored, reward_calls=scored)
+
+    def _ahead_costs(self, plan: Plan, i: int) -> list[int]:
+        return [plan.costs[k] for k in self._ahead(plan.grid, i)[1:]] if self.lookahead else []
+
+    def _ahead(self, grid: Grid, i: int) -> list[int]:
+        """Nodes of a look-ahead from step i, the end excluded."""
+        left = len(grid) - i
+        count = min(self.lookahead + 1, left)
+        return [i + (k * left) // count for k in range(count)]
+
+    def fit(self, plan: Plan) -> FK:
+        if self.n_particles is None:
+            n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), 8, "particle")
+            return replace(self, n_particles=n)
+        what = f"fk with {self.n_particles} particles"
+        within_budget(plan, self.cost(plan), what)
+        return self
+
+    def run(self, ctx: Context) -> Run:
+        if self.mode == "authors":
+            return (yield from run_authors(self, ctx))
+        assert self.n_particles is not None
+        state, kernel, grid = State.start(ctx.noise(self.n_particles)), self.kernel(), ctx.grid
+        checkpoints, history = self.checkpoint_steps(grid), torch.zeros(0, len(state)).double()
+        for i, (t, u) in enumerate(grid.steps()):
+            prediction = yield Denoise(state.x, t)
+            state = replace(state, prediction=prediction)
+            if i in checkpoints and self.potential != "none":
+                rho = yield from self._rho(ctx, state, i)
+                history = torch.cat([history, rho[None]])
+                state = state.set_potential(self._potential(history))
+                state, history = yield from self._resample(ctx, state, history, i)
+            assert state.prediction is not None
+            x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
+            state = replace(state, x=x, prediction=None)
+            yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
+        images = yield Decode(state.x)
+        scores = yield Score(images, state.x, final=True)
+        reward = as_float64(scores.value)
+        state = state.set_potential(self.reward_scale * reward)
+        yield Progress(
+            step=len(grid), of=len(grid), info={"rewards": reward, "ess": ess(state.log_w)}
+        )
+        return Outcome(
+            x0=state.x,
+            images=images,
+            reward=reward,
+            log_w=state.log_w,
+            log_z=log_mean_exp(state.log_w),
+            slots=torch.arange(len(state)),
+        )
+
+    def _potential(self, history: Tensor) -> Tensor:
+        rule = POTENTIALS[self.potential] if isinstance(self.potential, str) else self.potential
+        phi = rule(history)
+        if phi.shape != history[-1].shape:
+            raise OptionError(
+                f"fk: the potential must return one number per particle {tuple(history[-1].shape)}, "
+                f"got {tuple(phi.shape)}."
+            )
+        return phi
+
+    def _resample(self, ctx: Context, state: State, history: Tensor, i: int) -> Run:
+        """Resamples if the rule says so; the reward history moves with its particles."""
+        size = ess(state.log_w)
+        info = {"ess": size, "checkpoint": i, "rewards": history[-1] / (self.reward_scale or 1.0)}
+        if self.resample == "always" or (
+            self.resample == "ess" and size < self.ess_threshold * len(state)
+        ):
+            key = ctx.key("resample", i)
+            state, ancestors = resample(state, scheme(self.resampler), key)
+            history = history[:, ancestors]
+            info |= {"ancestors": ancestors, "roots": len(state.root.unique())}
+        yield Progress(step=i, of=len(ctx.grid), info=info)
+        return state, history  # type: ignore[return-value]
+
+    def _rho(self, ctx: Context, state: State, i: int) -> Run:
+        """reward_scale * r of the estimate of x0, [n]; over draws log mean exp."""
+        draws = yield from self._estimates(ctx, state, i)
+        values = []
+        for x0 in draws:
+            images = yield Decode(x0)
+            scores = yield Score(images, x0)
+            values.append(self.reward_scale * as_float64(scores.value))
+            yield Progress(step=i, of=len(ctx.grid), info={}, preview=images)
+        rho = torch.stack(values)
+        if len(values) == 1:
+            return rho[0]  # type: ignore[return-value]
+        return torch.logsumexp(rho, 0) - torch.log(torch.tensor(float(len(values))))  # type: ignore[return-value]
+
+    def _estimates(self, ctx: Context, state: State, i: int) -> Run:
+        """Guesses of x0 given x_t: n_draws tensors [n, *event]."""
+        prediction = state.prediction
+        assert prediction is not None
+        if self.lookahead == 0:
+            if self.n_draws == 1:
+                return [prediction.mode]  # type: ignore[return-value]
+            return list(prediction.draw(self.n_draws, ctx.key("draw", i)))  # type: ignore[return-value]
+        nodes = [ctx.grid.times[k] for k in self._ahead(ctx.grid, i)] + [ctx.grid.times[-1]]
+        draws = []
+        for j in range(self.n_draws):
+            draws.append((yield from self._walk(ctx, state, nodes, f"lookahead/{i}/{j}")))
+        return draws  # type: ignore[return-value]
+
+    def _walk(self, ctx: Context, state: State, nodes: list[Time], stream: str) -> Run:
+        """One path from x_t to the end over few nodes; the first prediction is already paid."""
+        x, prediction, kernel = state.x, state.prediction, self.kernel()
+        for k, (t, u) in enumerate(zip(nodes, nodes[1:], strict=False)):
+            if k:
+                prediction = yield Denoise(x, t)
+            assert prediction is not None
+            x = ctx.move(x, prediction, t, u, kernel, step=k, stream=stream)
+        return x  # type: ignore[return-value]

@@ -1,0 +1,185 @@
+"""steer(): pipeline + prompt + reward + method + budget -> Result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from steering.engine import Engine, Listener, Task
+from steering.errors import OptionError, TaskErrors
+from steering.finish import Finisher
+from steering.ledger import Budget
+from steering.method import Method, Plan, build_method, default_costs
+from steering.model import Model
+from steering.recipe import writable_folder
+from steering.result import Result
+from steering.scoring import Reward, resolve_reward
+
+
+def steer(
+    pipe: object,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    reward: object,
+    method: str | Method = "fk",
+    nfe: int | None = None,
+    seed: int | Sequence[int] = 0,
+    heldout: object = None,
+    out: str | os.PathLike[str] | None = None,
+    options: dict[str, Any] | None = None,
+    budget: Budget | None = None,
+    max_batch: int | None = None,
+    listener: Listener | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Spends compute at sampling time so that the samples score better.
+
+    Args:
+        pipe: a diffusers pipeline, a wrapped one, or an analytic model.
+        prompt: one text or a list; None for models without text.
+        reward: name, spec string ("clip + 0.5*aesthetic"), Reward, or callable(images, prompts).
+        method: name ("fk", or "fk/sdxl" for a preset) or instance.
+        nfe: rows through the network that each prompt may spend; guidance counts 2.
+        seed: one for all prompts, or one per prompt. Equal seeds give equal noise.
+        heldout: verifiers the search never sees: like ``reward``, or a list of these.
+        out: folder for PNGs with recipes and result.json; proven writable first. A list of
+            prompts writes one subfolder per prompt. Stopped and failed runs leave their best so
+            far there.
+        options: options of the method named by ``method``.
+        budget: further caps (reward calls, seconds).
+        max_batch: most rows per network call (by default the model's own wish, or 64); halves by
+            itself when memory runs out.
+        listener: called as listener(task, progress) while running.
+        cancelled: asked between calls; True returns the best so far.
+        **call_kwargs: what ``pipe(...)`` takes besides the prompt (checked against it).
+
+    Returns:
+        A Result; a list of them for a list of prompts.
+
+    Raises:
+        OptionError, BudgetError, PipelineError: before anything is spent.
+        RewardError: the reward failed; ``error.result`` holds the best so far.
+        TaskErrors: some prompts of a list failed; ``.results`` has the others.
+    """
+    many = prompt is not None and not isinstance(prompt, str)
+    chosen = build_method(method, options)
+    folder = None if out is None else writable_folder(out)
+    model, mine = _model(pipe, prompt, call_kwargs)
+    try:
+        guide = resolve_reward(reward, model)
+        verifiers = [resolve_reward(r, model) for r in _listed(heldout)]
+        _distinct(guide, verifiers)
+        tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed)
+        limit = max_batch or getattr(model, "max_batch", None) or 64
+        engine = Engine(model, max_batch=limit, listener=listener, cancelled=cancelled)
+        engine.run(tasks)
+        finish = Finisher(model, tasks, verifiers, engine, call_kwargs, folder if many else None)
+        results = finish.all()
+        if many:
+            return _several(results, tasks)
+        return _single(results[0], tasks[0], folder)
+    finally:
+        if mine:
+            model.close()
+
+
+def _model(pipe: object, prompt: Any, call_kwargs: dict[str, Any]) -> tuple[Model, bool]:  # noqa: ANN401
+    """(the model, whether we made it and must close it)."""
+    if isinstance(pipe, Model):
+        if call_kwargs:
+            raise OptionError(
+                f"{', '.join(sorted(call_kwargs))}: arguments of the pipeline call belong to "
+                "steering.wrap(pipe, ...) when a wrapped model is given."
+            )
+        wanted = (prompt,) if prompt is None or isinstance(prompt, str) else tuple(prompt)
+        if prompt is not None and tuple(pipe.prompts) != wanted:
+            if all(p is None for p in pipe.prompts) and len(wanted) == len(pipe.prompts):
+                return pipe, False
+            raise OptionError(
+                f"This model was wrapped for {list(pipe.prompts)}, not for {list(wanted)}. Wrap "
+                "it for the new prompts, or leave prompt out."
+            )
+        return pipe, False
+    from steering.pipelines import wrap
+
+    if prompt is not None:
+        check_prompts(prompt)
+        call_kwargs = {"prompt": prompt, **call_kwargs}
+    return wrap(pipe, **call_kwargs), True
+
+
+def check_prompts(prompt: object) -> None:
+    """Raises unless this is a non-empty text or a non-empty list of them."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list | tuple) or not texts:
+        raise OptionError(f"prompt must be a text or a list of texts, got {prompt!r}.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise OptionError(f"prompt {i} must be a non-empty text, got {text!r}.")
+
+
+def _listed(value: object) -> list[object]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _distinct(guide: Reward, verifiers: Sequence[Reward]) -> None:
+    for verifier in verifiers:
+        same = verifier is guide or (guide.spec is not None and verifier.spec == guide.spec)
+        if same:
+            raise OptionError(
+                f"heldout={verifier.name!r} is the guiding reward itself: a verifier that the "
+                "search has seen proves nothing. Choose another one."
+            )
+
+
+def _caps(nfe: int | None, budget: Budget | None) -> Budget:
+    if budget is None:
+        return Budget(nfe=nfe)
+    if nfe is None:
+        return budget
+    if budget.nfe is not None:
+        raise OptionError("nfe is given twice: as nfe= and inside budget=.")
+    return Budget(**{**asdict(budget), "nfe": nfe})
+
+
+def _tasks(
+    model: Model, method: Method, reward: Reward, budget: Budget, seed: int | Sequence[int]
+) -> list[Task]:
+    n = len(model.prompts)
+    seeds = [seed] * n if isinstance(seed, int) else list(seed)
+    if len(seeds) != n or not all(isinstance(s, int) for s in seeds):
+        raise OptionError(f"seed must be one integer or one per prompt ({n}), got {seed!r}.")
+    grid = method.levels(model)
+    plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget)
+    fitted = method.fit(plan)
+    return [
+        Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
+        for i, text in enumerate(model.prompts)
+    ]
+
+
+def _single(result: Result | None, task: Task, folder: Any) -> Result:  # noqa: ANN401
+    if result is not None and folder is not None:
+        result.save(folder)
+    if task.error is not None:
+        task.error.result = result  # type: ignore[attr-defined]
+        raise task.error
+    assert result is not None
+    return result
+
+
+def _several(results: list[Result | None], tasks: list[Task]) -> list[Result]:
+    errors: dict[int, BaseException] = {}
+    for task, result in zip(tasks, results, strict=True):
+        if task.error is not None:
+            task.error.result = result  # type: ignore[attr-defined]
+            errors[task.index] = task.error
+    if errors:
+        good = [None if t.error is not None else r for t, r in zip(tasks, results, strict=True)]
+        raise TaskErrors(good, errors)
+    return results  # type: ignore[return-value]

@@ -1,0 +1,157 @@
+"""Requests of one kind from several tasks, merged into one batch and split again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steering.paths import Prediction, Time
+from steering.requests import Decode, Denoise, Request, Score
+from steering.scoring import Scores
+
+if TYPE_CHECKING:
+    from steering.engine import Task
+
+_KIND = {Score: "reward", Decode: "decode", Denoise: "denoise"}
+_COUNTER = {Score: "reward_calls", Decode: "decodes", Denoise: "nfe"}
+
+
+class Batch:
+    """The rows of several requests, sorted by time so that chunks cut few equal-time groups.
+
+    Attributes:
+        kind: Denoise, Decode or Score.
+        data: all rows, [n, ...], in the order of the requests.
+        owner: [n] index of the task each row belongs to.
+        order: [n] the order in which rows are evaluated.
+    """
+
+    def __init__(self, tasks: list[Task], requests: list[Any]) -> None:
+        self.tasks, self.requests = tasks, requests
+        self.kind = type(requests[0])
+        self.grad = bool(requests[0].grad)
+        self.counts = [rows_of(r) for r in requests]
+        self.data = _one([_data(r) for r in requests])
+        self.owner = torch.arange(len(tasks)).repeat_interleave(torch.tensor(self.counts))
+        self._levels: list[Time] | None = None
+        self.order = torch.arange(len(self.owner))
+        if self.kind is Denoise:
+            self._sort_by_time()
+        self.in_order = self._levels is None
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def _sort_by_time(self) -> None:
+        first = times_of(self.requests[0])[0][0]
+        if all(t == first for r in self.requests for t, _ in times_of(r)):
+            return
+        self._levels = [t for r in self.requests for t, m in times_of(r) for _ in range(m)]
+        nets = torch.tensor([t.net for t in self._levels], dtype=torch.float64)
+        self.order = nets.argsort(descending=True, stable=True)
+
+    def chunk(self, start: int, size: int) -> Tensor:
+        """Row indices of the next call."""
+        return self.order[start : start + size]
+
+    def times(self, rows: Tensor) -> Time | list[Time]:
+        """The level of the rows: one where they agree."""
+        if self._levels is None:
+            return times_of(self.requests[0])[0][0]
+        found = [self._levels[i] for i in rows.tolist()]
+        return found[0] if all(t == found[0] for t in found) else found
+
+    def conds(self, rows: Tensor) -> list[int]:
+        """The prompt index of each row."""
+        return [self.tasks[k].cond for k in self.owner[rows].tolist()]
+
+    def prompts(self, rows: Tensor) -> list[str | None]:
+        """The prompt of each row."""
+        return [self.tasks[k].prompt for k in self.owner[rows].tolist()]
+
+    def charge(self, rows: Tensor, evaluated: int, seconds: float) -> None:
+        """Books a call. Network rows are measured for the call and split as costs expect."""
+        share = torch.bincount(self.owner[rows], minlength=len(self.tasks))
+        expected = self._expected(rows, share) if self.kind is Denoise else share.double()
+        scale = evaluated / float(expected.sum()) if self.kind is Denoise else 1.0
+        for k in share.nonzero().flatten().tolist():
+            ledger = self.tasks[k].ledger
+            ledger.charge(
+                _COUNTER[self.kind], round(float(expected[k]) * scale), backward=self.grad
+            )
+            ledger.charge_seconds(_KIND[self.kind], seconds * int(share[k]) / len(rows))
+
+    def _expected(self, rows: Tensor, share: Tensor) -> Tensor:
+        if self._levels is None:
+            level = times_of(self.requests[0])[0][0]
+            return share.double() * torch.tensor([float(t.cost(level)) for t in self.tasks])
+        total = torch.zeros(len(self.tasks), dtype=torch.float64)
+        for i, k in zip(rows.tolist(), self.owner[rows].tolist(), strict=True):
+            total[k] += self.tasks[k].cost(self._levels[i])
+        return total
+
+    def split(self, parts: list[Any]) -> list[Any]:
+        """The answers of all chunks, put back in request order, one per request."""
+        whole = _join(parts)
+        back = None
+        if not self.in_order:
+            back = torch.empty_like(self.order)
+            back[self.order] = torch.arange(len(self.order))
+        answers, start = [], 0
+        for n in self.counts:
+            index = slice(start, start + n) if back is None else back[start : start + n]
+            answers.append(_take(whole, index))
+            start += n
+        return answers
+
+
+def rows_of(request: Request) -> int:
+    """How many rows a request has."""
+    return 0 if not isinstance(request, Denoise | Decode | Score) else len(_data(request))
+
+
+def times_of(request: Denoise) -> list[tuple[Time, int]]:
+    """(level, rows at it) pairs in row order."""
+    if isinstance(request.t, Time):
+        return [(request.t, len(request.x))]
+    return [(t, 1) for t in request.t]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def _data(request: Any) -> Tensor:  # noqa: ANN401
+    if isinstance(request, Denoise):
+        return request.x
+    return request.x0 if isinstance(request, Decode) else request.images
+
+
+def _one(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _join(parts: list[Any]) -> Any:  # noqa: ANN401
+    if isinstance(parts[0], Prediction):
+        return Prediction.cat(parts)
+    if isinstance(parts[0], Scores):
+        names = set.intersection(*[set(p.parts) for p in parts])
+        merged = {k: _one([p.parts[k] for p in parts]) for k in sorted(names)}
+        return Scores(_one([p.value for p in parts]), merged)
+    return _one(parts)
+
+
+def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
+    if isinstance(whole, Prediction):
+        return whole.rows(index)
+    if isinstance(whole, Scores):
+        return Scores(whole.value[index], {k: v[index] for k, v in whole.parts.items()})
+    return whole[index]

@@ -1,0 +1,263 @@
+"""Runs many methods at once on one model.
+
+Every task is one prompt's generator. The engine collects what the tasks ask, merges requests of
+one kind into full batches across prompts, charges each task its share and sends the answers back.
+Scores and decodes are served before network calls, so that the tasks meet again at the network
+with as many rows as possible. Nothing a task sees depends on its neighbours except rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.batch import Batch, out_of_memory, rows_of, times_of
+from steering.errors import BudgetError
+from steering.ledger import Budget, Ledger
+from steering.method import Context, Method, Plan
+from steering.model import Model
+from steering.paths import Prediction, Time
+from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
+from steering.scoring import Reward, Scores, score
+from steering.trace import Trace
+
+Listener = Callable[["Task", Progress], None]
+_ORDER: tuple[type, ...] = (Score, Decode, Denoise)
+
+
+@dataclass(eq=False)
+class Task:
+    """One prompt's run: its method, budget, spending, trace, and how it ended."""
+
+    index: int
+    prompt: str | None
+    cond: int
+    seed: int
+    method: Method
+    plan: Plan
+    reward: Reward
+    metadata: Any = None
+    ledger: Ledger = field(default_factory=Ledger)
+    trace: Trace = field(default_factory=Trace)
+    best: Best = field(default_factory=lambda: Best())
+    outcome: Outcome | None = None
+    error: BaseException | None = None
+    cancelled: bool = False
+    run: Run | None = None
+
+    @property
+    def budget(self) -> Budget:
+        return self.plan.budget
+
+    def cost(self, t: Time) -> int:
+        """Network rows that one sample at this level is expected to need."""
+        for node, cost in zip(self.plan.grid.times, self.plan.costs, strict=False):
+            if node.net == t.net:
+                return cost
+        return max(self.plan.costs)
+
+
+@dataclass(eq=False)
+class Best:
+    """The best picture so far: a finished one beats any preview, then the reward decides.
+
+    ``guess`` is the latest estimate of x0 [n, *event], for runs stopped before any picture.
+    """
+
+    x0: Tensor | None = None
+    image: Tensor | None = None
+    reward: float = float("nan")
+    final: bool = False
+    guess: Tensor | None = None
+
+    def note(self, request: Request, answer: object) -> None:
+        """Learns from an answer on its way to the method."""
+        if isinstance(answer, Prediction):
+            self.guess = answer.mode.detach()
+        elif isinstance(answer, Scores) and isinstance(request, Score):
+            self._scored(request, answer.value)
+
+    def seen(self, request: Score) -> None:
+        """Keeps pictures that are about to be scored, in case the reward fails."""
+        if self.image is None:
+            self.x0, self.image = request.x0[:1].detach(), request.images[:1].detach()
+
+    def _scored(self, request: Score, value: Tensor) -> None:
+        k = int(value.argmax())
+        top = float(value[k])
+        if request.final == self.final:
+            better = math.isnan(self.reward) or top > self.reward
+        else:
+            better = request.final
+        if better:
+            self.x0, self.image = (
+                request.x0[k : k + 1].detach(),
+                request.images[k : k + 1].detach(),
+            )
+            self.reward, self.final = top, request.final
+
+
+class Engine:
+    """Serves the requests of many tasks with few large calls.
+
+    Args:
+        model: answers Denoise and Decode; its prompts are the tasks' conditions.
+        max_batch: most rows per call; halved when memory runs out, for the rest of the run.
+        listener: called with every Progress.
+        cancelled: asked between calls; True stops all tasks at their best so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_batch: int = 64,
+        listener: Listener | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        self.model = model
+        self.listener = listener
+        self.cancelled = cancelled or (lambda: False)
+        self.max_batch = max_batch
+        self.limits = dict.fromkeys(_ORDER, max_batch)
+        self._in_flight = 2 * max_batch
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Runs all tasks to their end; outcomes and errors are left on the tasks."""
+        waiting = list(reversed(tasks))
+        pending: dict[Task, Request] = {}
+        try:
+            while waiting or pending:
+                if self.cancelled():
+                    raise KeyboardInterrupt
+                self._admit(waiting, pending)
+                kind = next(
+                    (k for k in _ORDER if any(isinstance(r, k) for r in pending.values())), None
+                )
+                if kind is not None:
+                    self._serve([t for t, r in pending.items() if isinstance(r, kind)], pending)
+        except KeyboardInterrupt:
+            for task in [*pending, *waiting]:
+                task.cancelled = True
+                if task.run is not None:
+                    task.run.close()
+
+    def _admit(self, waiting: list[Task], pending: dict[Task, Request]) -> None:
+        """Starts tasks while the requests at hand do not fill two batches."""
+        while waiting and sum(rows_of(r) for r in pending.values()) < self._in_flight:
+            task = waiting.pop()
+            context = Context(model=self.model, cond=task.cond, seed=task.seed, plan=task.plan)
+            task.run = task.method.run(context)
+            self._advance(task, pending, None)
+
+    def _advance(self, task: Task, pending: dict[Task, Request], answer: Any) -> None:  # noqa: ANN401
+        """Sends an answer (or throws an error) and notes the next request."""
+        assert task.run is not None
+        pending.pop(task, None)
+        started, before = time.perf_counter(), task.ledger.seconds
+        try:
+            while True:
+                throw = isinstance(answer, BaseException)
+                request = task.run.throw(answer) if throw else task.run.send(answer)
+                if not isinstance(request, Progress):
+                    break
+                self._report(task, request)
+                answer = None
+            pending[task] = request
+        except StopIteration as stop:
+            task.outcome = stop.value
+        except BudgetError as error:
+            task.error = error
+        except Exception as error:
+            task.error = error
+        own = time.perf_counter() - started - (task.ledger.seconds - before)
+        task.ledger.charge_seconds("own", max(own, 0.0))
+
+    def _report(self, task: Task, progress: Progress) -> None:
+        task.trace.add(progress, task.ledger)
+        if self.listener is not None:
+            self.listener(task, progress)
+
+    def _serve(self, tasks: list[Task], pending: dict[Task, Request]) -> None:
+        """Answers one kind of request of these tasks, in groups that can share a call."""
+        groups: dict[Any, list[Task]] = {}
+        for task in tasks:
+            request = pending[task]
+            try:
+                self._check(task, request)
+            except BudgetError as error:
+                self._advance(task, pending, error)
+                continue
+            shared = id(task.reward) if isinstance(request, Score) else None
+            groups.setdefault((request.grad, shared), []).append(task)  # type: ignore[union-attr]
+        for group in groups.values():
+            requests = [pending[t] for t in group]
+            answers = self._answers(group, requests)
+            for task, request, answer in zip(group, requests, answers, strict=True):
+                task.best.note(request, answer)
+                self._advance(task, pending, answer)
+
+    def _check(self, task: Task, request: Request) -> None:
+        n = rows_of(request)
+        if isinstance(request, Denoise):
+            task.ledger.check(task.budget, nfe=sum(task.cost(t) * m for t, m in times_of(request)))
+        elif isinstance(request, Score):
+            task.ledger.check(task.budget, reward_calls=n)
+        else:
+            task.ledger.check(task.budget)
+
+    def _answers(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
+        """One answer or error per task; a failure in company is repeated alone to find whose."""
+        try:
+            return self._call(tasks, requests)
+        except Exception as error:
+            if len(tasks) == 1:
+                return [error]
+        answers: list[Any] = []
+        for task, request in zip(tasks, requests, strict=True):
+            answers += self._answers([task], [request])
+        return answers
+
+    def _call(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
+        """Runs a merged batch in chunks that memory holds; halves the limit when it does not."""
+        batch = Batch(tasks, requests)
+        parts: list[Any] = []
+        start = 0
+        while start < len(batch):
+            rows = batch.chunk(start, self.limits[batch.kind])
+            try:
+                parts.append(self._evaluate(batch, rows))
+            except Exception as error:
+                if not out_of_memory(error) or len(rows) == 1:
+                    raise
+                self.limits[batch.kind] = max(1, len(rows) // 2)
+                continue
+            start += len(rows)
+        return batch.split(parts)
+
+    def _evaluate(self, batch: Batch, rows: Tensor) -> Prediction | Tensor | Scores:
+        """One call over the given rows; charges rows and seconds to their owners."""
+        started, rows_before = time.perf_counter(), self.model.rows
+        data = batch.data if len(rows) == len(batch) and batch.in_order else batch.data[rows]
+        answer: Any
+        if batch.kind is Denoise:
+            conds = batch.conds(rows)
+            answer = self.model.predict(data, batch.times(rows), cond=conds, grad=batch.grad)
+        elif batch.kind is Decode:
+            answer = self.model.decode(data, grad=batch.grad)
+        else:
+            for task, request in zip(batch.tasks, batch.requests, strict=True):
+                task.best.seen(request)
+            with torch.set_grad_enabled(batch.grad):
+                answer = score(batch.tasks[0].reward, data, batch.prompts(rows))
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        seconds = time.perf_counter() - started
+        batch.charge(rows, self.model.rows - rows_before, seconds)
+        return answer

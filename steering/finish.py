@@ -1,0 +1,155 @@
+"""From ended tasks to results: pictures of stopped runs, held-out scores, recipes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.engine import Engine, Task
+from steering.errors import RewardError, SteeringError
+from steering.method import as_float64, method_options
+from steering.model import Model
+from steering.recipe import Recipe, describe_value
+from steering.requests import Outcome
+from steering.result import Result
+from steering.scoring import Reward, score
+
+
+class Finisher:
+    """Makes the Result of every task of one run.
+
+    Args:
+        model, tasks, engine: of the run.
+        verifiers: held-out rewards.
+        call: the pipeline's call arguments, for the recipe.
+        folder: where each result is saved as soon as it exists, one subfolder per prompt.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tasks: Sequence[Task],
+        verifiers: Sequence[Reward],
+        engine: Engine,
+        call: dict[str, Any],
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.tasks, self.verifiers = model, tasks, verifiers
+        self.engine, self.call, self.folder = engine, call, folder
+
+    def all(self) -> list[Result | None]:
+        """One Result per task, in order; None where there is nothing to show."""
+        outcomes = [task.outcome or self._best_so_far(task) for task in self.tasks]
+        heldout = self._heldout(outcomes)
+        results: list[Result | None] = []
+        for task, outcome, scores in zip(self.tasks, outcomes, heldout, strict=True):
+            result = None if outcome is None else self._result(task, outcome, scores)
+            if result is not None and self.folder is not None:
+                result.save(self.folder / f"{task.index:04d}")
+            results.append(result)
+        return results
+
+    def _best_so_far(self, task: Task) -> Outcome | None:
+        """A stopped run's best picture; one is decoded if none had been yet."""
+        best = task.best
+        if best.image is None and best.guess is not None:
+            try:
+                best.x0 = best.guess[:1]
+                best.image = self.model.decode(best.x0)
+                task.ledger.charge("decodes", 1)
+                scores = score(task.reward, best.image, [task.prompt])
+                task.ledger.charge("reward_calls", 1)
+                best.reward = float(scores.value[0])
+            except RewardError:
+                pass  # the picture is worth keeping without its score
+        if best.image is None or best.x0 is None:
+            return None
+        return Outcome(
+            x0=best.x0,
+            images=best.image,
+            reward=torch.tensor([best.reward], dtype=torch.float64),
+            log_w=torch.zeros(1, dtype=torch.float64),
+            slots=torch.zeros(1, dtype=torch.int64),
+        )
+
+    def _heldout(self, outcomes: Sequence[Outcome | None]) -> list[dict[str, Tensor]]:
+        """Held-out scores of all pictures, one batched call per verifier."""
+        found: list[dict[str, Tensor]] = [{} for _ in outcomes]
+        rows = [(i, o) for i, o in enumerate(outcomes) if o is not None]
+        if not rows or not self.verifiers:
+            return found
+        images = torch.cat([o.images for _, o in rows])
+        prompts = [self.tasks[i].prompt for i, o in rows for _ in range(len(o.images))]
+        for verifier in self.verifiers:
+            started = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    values = as_float64(score(verifier, images, prompts).value)
+            except SteeringError as error:
+                self._blame(error)
+                continue
+            seconds = (time.perf_counter() - started) / len(images)
+            for (i, o), part in zip(
+                rows, values.split([len(o.images) for _, o in rows]), strict=True
+            ):
+                found[i][verifier.name] = part
+                self.tasks[i].ledger.charge("heldout_calls", len(o.images))
+                self.tasks[i].ledger.charge_seconds("heldout", seconds * len(o.images))
+        return found
+
+    def _blame(self, error: SteeringError) -> None:
+        """A held-out verifier that fails is an error of every task, but their work is kept."""
+        for task in self.tasks:
+            task.error = task.error or error
+
+    def _result(self, task: Task, outcome: Outcome, heldout: dict[str, Tensor]) -> Result:
+        order = outcome.reward.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
+        slots = torch.arange(len(order)) if outcome.slots is None else outcome.slots
+        return Result(
+            prompt=task.prompt,
+            pixels=outcome.images.detach()[order.to(outcome.images.device)],
+            samples=outcome.x0.detach()[order.to(outcome.x0.device)],
+            rewards=outcome.reward[order],
+            heldout={k: v[order] for k, v in heldout.items()},
+            log_weights=outcome.log_w[order],
+            log_z=outcome.log_z,
+            slots=slots[order],
+            ledger=task.ledger,
+            trace=task.trace,
+            recipe=self._recipe(task),
+            cancelled=task.cancelled,
+            preview=task.outcome is None and not task.best.final,
+        )
+
+    def _recipe(self, task: Task) -> Recipe:
+        describe = getattr(self.model, "describe", None)
+        model = describe() if describe else {"source": None, "class": type(self.model).__name__}
+        call = getattr(self.model, "call_kwargs", None) or self.call
+        skip = ("prompt",)
+        return Recipe(
+            model=model,
+            call={k: describe_value(v) for k, v in call.items() if k not in skip},
+            prompts=[t.prompt for t in self.tasks],
+            seeds=[t.seed for t in self.tasks],
+            prompt=task.index,
+            image=0,
+            method={"name": task.method.name, "options": _json_options(task)},
+            reward=task.reward.spec,
+            heldout=[v.spec for v in self.verifiers],
+            budget=asdict(task.budget),
+            engine={
+                "max_batch": self.engine.max_batch,
+                "limits": {k.__name__: v for k, v in self.engine.limits.items()},
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+
+def _json_options(task: Task) -> dict[str, Any]:
+    return {k: describe_value(v) for k, v in method_options(task.method).items()}

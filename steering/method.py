@@ -1,0 +1,217 @@
+"""What a method is: strict options, facts about itself, a plan and a generator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError, unknown_name
+from steering.grids import Grid
+from steering.ledger import Budget
+from steering.model import Model
+from steering.noise import NoiseKey
+from steering.paths import Prediction, Time
+from steering.registry import METHODS
+from steering.requests import Run
+from steering.transitions import Transition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a method knows before it starts.
+
+    Attributes:
+        grid: the noise levels to visit.
+        costs: network rows per sample at each step.
+        budget: the caps.
+    """
+
+    grid: Grid
+    costs: tuple[int, ...]
+    budget: Budget
+
+    @property
+    def trajectory(self) -> int:
+        """Network rows of one sample from noise to data."""
+        return sum(self.costs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method will spend, exactly or at most."""
+
+    nfe: int
+    decodes: int
+    reward_calls: int
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A steering method.
+
+    Class facts: ``target`` is "tilted" (samples p(x) exp(reward_scale r(x)) as the population
+    grows), "maximum" or "heuristic"; the others say what the method needs.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    target: ClassVar[str]
+    needs_gradient: ClassVar[bool]
+    needs_stochastic: ClassVar[bool]
+    anytime: ClassVar[bool]
+
+    def levels(self, model: Model) -> Grid:
+        """The noise levels the method wants to visit."""
+        ...
+
+    def fit(self, plan: Plan) -> Method:
+        """The same method with sizes left open filled from the budget.
+
+        Raises:
+            BudgetError: the budget does not pay for one sample; says how much would.
+            OptionError: options that do not fit the grid.
+        """
+        ...
+
+    def cost(self, plan: Plan) -> Cost:
+        """What a run will spend."""
+        ...
+
+    def run(self, ctx: Context) -> Run:
+        """The algorithm, for one prompt."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a running method can use without asking: names of noise, the grid, transitions."""
+
+    model: Model
+    cond: int
+    seed: int
+    plan: Plan
+
+    @property
+    def grid(self) -> Grid:
+        return self.plan.grid
+
+    def key(self, stream: str, step: int = 0) -> NoiseKey:
+        """The name of a stream of random numbers of this run."""
+        return NoiseKey(self.seed, stream, step)
+
+    def noise(self, n: int, *, stream: str = "init") -> Tensor:
+        """Fresh starting states for slots 0..n-1, [n, *event]."""
+        return self.model.noise(n, self.key(stream), cond=self.cond)
+
+    def move(
+        self,
+        x: Tensor,
+        prediction: Prediction,
+        t: Time,
+        u: Time,
+        transition: Transition,
+        *,
+        step: int,
+        slots: int | Sequence[int] | None = None,
+        stream: str = "proposal",
+    ) -> Tensor:
+        """One transition from t to u; noise is named by step and slot, never by ancestor.
+
+        A model that knows its own reverse law (``propose``) makes the move itself.
+        """
+        slots = len(x) if slots is None else slots
+        key = self.key(stream, step)
+        propose = getattr(self.model, "propose", None)
+        if propose is not None:
+            z = key.normal(slots, x.shape[1:]).to(x.device)
+            uniform = key.at(stream=f"{stream}/choice").uniform(slots)
+            return propose(x, prediction, t, u, z, uniform.to(x.device))
+        move = transition(x, prediction, t, u, self.model.path)
+        if not move.random:
+            return move.mean
+        return move.sample(key.normal(slots, x.shape[1:], device=str(x.device)))
+
+
+def method_options(method: Method) -> dict[str, Any]:
+    """The options of a method instance as plain JSON values."""
+    return {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def build_method(method: str | Method, options: Mapping[str, Any] | None = None) -> Method:
+    """A method from its name and options, or an instance as it is.
+
+    Raises:
+        OptionError: unknown method or option (with the nearest name), or a bad value.
+    """
+    if not isinstance(method, str):
+        if options:
+            raise OptionError(
+                "Options beside a method instance would be ambiguous: set them on the instance."
+            )
+        if isinstance(method, type) or not isinstance(method, Method):
+            raise OptionError(
+                f"method must be a name or an instance such as steering.samplers.FK(), got "
+                f"{method!r}."
+            )
+        return method
+    name, _, preset = method.partition("/")
+    cls = METHODS.get(name)
+    presets = getattr(cls, "presets", {})
+    if preset and preset not in presets:
+        raise unknown_name(f"preset of method {name!r}", preset, presets or ["(none)"])
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for option in options or {}:
+        if option not in known:
+            raise unknown_name(f"option of method {name!r}", option, known)
+    values = {**presets.get(preset, {}), **(options or {})}
+    return cls(**{k: coerce(cls, k, v) for k, v in values.items()})
+
+
+def coerce(cls: type, name: str, value: Any) -> Any:  # noqa: ANN401
+    """An option value as the type its dataclass field declares ("0.5" -> 0.5, [1] -> (1,)).
+
+    Raises:
+        OptionError: names the option, the type wanted and the value seen.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    wanted = _hints(cls)[name]
+    try:
+        if isinstance(value, str) and value.lower() in ("none", "null", ""):
+            value = None
+        adapter = TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise OptionError(f"Option {name}={value!r}: {reason}.") from None
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(cls)
+
+
+def default_costs(model: Model, grid: Grid) -> tuple[int, ...]:
+    """Costs along any grid: the model's own where it is its own grid, its largest elsewhere."""
+    own = model.costs()
+    if len(own) == len(grid) and grid.times == model.grid().times:
+        return own
+    return (max(own),) * len(grid)
+
+
+def as_float64(values: Tensor) -> Tensor:
+    """Rewards as they enter weights: float64 on the CPU."""
+    return values.detach().to("cpu", torch.float64)

@@ -1,0 +1,199 @@
+"""A result's recipe: all that is needed to make it again, as JSON inside the PNG."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+import steering
+from steering.errors import OptionError, RecipeError
+
+FORMAT = "steering-recipe"
+VERSION = 1
+CHUNK = "steering"
+_PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to run to get one picture again.
+
+    Attributes:
+        model: {"source", "class", "dtype", "device", "fingerprint"}; source is None where the
+            pipeline was handed over as an object with no known origin.
+        call: keyword arguments of the pipeline call other than the prompt.
+        prompts, seeds: of all prompts run together (rounding depends on the batch).
+        prompt: index of this picture's prompt; ``image``: index among its pictures.
+        method: {"name", "options"}.
+        reward, heldout: spec strings, None where only the caller can rebuild them.
+        budget: the caps.
+        engine: {"max_batch", "threads"}.
+        versions: of the packages that decide the bits.
+    """
+
+    model: dict[str, Any]
+    call: dict[str, Any]
+    prompts: list[str | None]
+    seeds: list[int]
+    prompt: int
+    image: int
+    method: dict[str, Any]
+    reward: str | None
+    heldout: list[str | None]
+    budget: dict[str, Any]
+    engine: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with its format and version."""
+        return {"format": FORMAT, "version": VERSION, **self.__dict__}
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "recipe") -> Recipe:
+        """The recipe of a JSON object.
+
+        Raises:
+            RecipeError: foreign, damaged or of another version.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise RecipeError(f"{where}: this is not a steering recipe.")
+        if data.get("version") != VERSION:
+            raise RecipeError(
+                f"{where}: recipe version {data.get('version')!r}, this release reads {VERSION}."
+            )
+        values = {k: v for k, v in data.items() if k not in ("format", "version")}
+        missing = sorted(set(cls.__dataclass_fields__) - set(values))
+        extra = sorted(set(values) - set(cls.__dataclass_fields__))
+        if missing or extra:
+            raise RecipeError(f"{where}: damaged recipe (missing {missing}, unknown {extra}).")
+        recipe = cls(**values)
+        recipe._check(where)
+        return recipe
+
+    def _check(self, where: str) -> None:
+        kinds = {"model": dict, "call": dict, "prompts": list, "seeds": list, "method": dict}
+        kinds |= {"budget": dict, "engine": dict, "heldout": list, "prompt": int, "image": int}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise RecipeError(f"{where}: damaged recipe, {name!r} is not a {kind.__name__}.")
+        if not 0 <= self.prompt < len(self.prompts) or len(self.seeds) != len(self.prompts):
+            raise RecipeError(f"{where}: damaged recipe, prompt {self.prompt} is out of range.")
+        if self.image < 0 or "name" not in self.method or "options" not in self.method:
+            raise RecipeError(f"{where}: damaged recipe, no method or image index.")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide the bits of a picture."""
+    found = {"steering": steering.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_value(value: Any) -> Any:  # noqa: ANN401
+    """A call argument as JSON, or a note that it cannot be stored."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        shape = getattr(value, "shape", None) or getattr(value, "size", None)
+        return {"$unavailable": f"{type(value).__name__} {tuple(shape) if shape else ''}".strip()}
+    return value
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of a network: names, shapes and a sample of every parameter."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, p in module.state_dict().items():
+        flat = p.detach().flatten()
+        some = flat[:: max(1, len(flat) // 16)][:16].float().cpu()
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe inside a PNG (or of a result.json beside one).
+
+    Raises:
+        RecipeError: no such file, not a PNG, no recipe in it, or a damaged one.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such file.")
+    try:
+        with Image.open(file) as image:
+            if image.format != "PNG":
+                raise RecipeError(f"{file}: a {image.format} file; recipes live in PNG files.")
+            image.load()
+            text = getattr(image, "text", {}).get(CHUNK)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise RecipeError(f"{file}: cannot be read as a PNG ({error}).") from error
+    if text is None:
+        raise RecipeError(
+            f"{file}: a PNG without a recipe. Only files written by this library carry one; "
+            "editing or re-saving a picture usually strips it."
+        )
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{file}: the recipe is damaged ({error}).") from error
+    return Recipe.from_json(data, str(file))
+
+
+def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
+    """Writes a picture with its recipe, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps(recipe.to_json()), zip=True)
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` on success and vanishes on failure."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; results should be as readable as any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder, made if needed and proven writable before any work is done.
+
+    Raises:
+        OptionError: it is a file, or cannot be written.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"out={str(folder)!r} is a file; name a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OptionError(
+            f"out={str(folder)!r} cannot be written ({error.strerror}). Name another folder."
+        ) from error
+    return folder

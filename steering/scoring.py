@@ -1,0 +1,104 @@
+"""What a reward is, and the check every score passes before it can steer anything.
+
+Higher is better. Images come as a float32 tensor [n, 3, H, W] in [0, 1] (video [n, F, 3, H, W],
+analytic models [n, *event]); order is kept.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError, RewardError
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Rewards of a batch.
+
+    Attributes:
+        value: [n], higher is better.
+        parts: named components, [n] each, for reports.
+        valid: [n] bool; False where no score could be had (a judge's answer did not parse).
+    """
+
+    value: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    valid: Tensor | None = None
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Anything that scores images against prompts.
+
+    Attributes:
+        name: for reports.
+        spec: the string that rebuilds this reward, None where only the caller can.
+        differentiable: whether gradients flow from ``value`` to the images.
+    """
+
+    name: str
+    spec: str | None
+    differentiable: bool
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[Any], *, metadata: Sequence[Any] | None = None
+    ) -> Scores: ...
+
+
+def resolve_reward(reward: object, model: object | None = None) -> Reward:
+    """A reward from a name, a spec string, a Reward or a plain callable.
+
+    A reward with ``for_model(model)`` may adapt to the model it will judge (the embedded model
+    has a CLIP of its own).
+    """
+    found = importlib.import_module("steering.rewards").as_reward(reward)
+    adapt = getattr(found, "for_model", None)
+    return adapt(model) if adapt and model is not None else found
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[Any], *, where: str = "") -> Scores:
+    """Calls a reward and checks what it returned.
+
+    Raises:
+        RewardError: the reward raised, or returned the wrong number of values, NaN or +inf.
+    """
+    n = len(images)
+    try:
+        scores = reward(images, prompts)
+    except (RewardError, OptionError):
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"Reward {reward.name!r} raised {type(error).__name__} on {n} images{where}: {error}"
+        ) from error
+    return check_scores(scores, reward.name, n, where)
+
+
+def check_scores(scores: Scores, name: str, n: int, where: str) -> Scores:
+    """Raises where the values cannot be used as rewards of n images."""
+    value = scores.value
+    if value.ndim != 1 or len(value) != n:
+        raise RewardError(
+            f"Reward {name!r} must return one number per image: expected shape ({n},), got "
+            f"{tuple(value.shape)}{where}. A reward sees a batch [n, ...] and a list of n prompts."
+        )
+    bad = torch.isnan(value) | torch.isposinf(value)
+    if scores.valid is not None:
+        bad = bad | ~scores.valid.to(bad.device)
+    if bool(bad.any()):
+        rows = bad.nonzero().flatten().tolist()
+        raise RewardError(
+            f"Reward {name!r} returned no usable number for {len(rows)} of {n} images{where} "
+            f"(rows {rows[:8]}, values {[float(value[i]) for i in rows[:8]]}). Weights made from "
+            "it would be meaningless, so the run stops here. Return -inf to give an image no "
+            "weight on purpose."
+        )
+    return scores
