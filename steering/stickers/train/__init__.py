@@ -1,0 +1,1 @@
+"""Training commands of the sticker models: `python -m steering.stickers.train MODEL ...`."""

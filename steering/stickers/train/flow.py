@@ -1,0 +1,171 @@
+"""Trains the sticker flow exactly as StableDiffusion3Pipeline will run it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from steering.stickers.grammar import CLASSES, COLORS
+from steering.stickers.load import WEIGHTS, load_pipeline
+from steering.stickers.train.data import encode, load_vae
+from steering.stickers.train.loop import Loop, Recipe, half_is_fast, write_atomic
+from steering.stickers.world import SIZE, SPRITE, Scene, StickerWorld
+
+BATCH = 64
+SCENES = 40_000
+LATENT_SEED = 5_000_000
+DROP_TEXT = 0.1  # share of captions replaced by the empty one, for guidance
+CELLS = 4  # image tokens along one axis
+LABELS = len(CLASSES) + len(COLORS)
+LABEL_BLOCK = 2  # its image tokens feed the label head
+LABEL_WEIGHT = 0.05
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The cached training set: raw latents float16 [n, 8, 16, 16], token ids, label maps."""
+
+    latents: Tensor
+    ids: Tensor
+    labels: Tensor
+
+
+def load_data(cache: Path, pipeline: Path, tokenizer: CLIPTokenizer) -> Latents:
+    """Render and encode the scenes once; captions and labels are redrawn from the seeds."""
+    world = StickerWorld()
+    scenes = [world.sample(np.random.default_rng([LATENT_SEED, k])) for k in range(SCENES)]
+    if not cache.exists():
+        vae = load_vae(pipeline / "vae")
+        step = 1000
+        parts = [
+            encode(vae, np.stack([world.render(s) for s in scenes[k : k + step]]))
+            for k in range(0, SCENES, step)
+        ]
+        write_atomic(cache, lambda path: save_file({"latents": torch.cat(parts)}, path))
+    latents = load_file(cache)["latents"]
+    labels = torch.from_numpy(np.stack([label_map(s) for s in scenes]))
+    return Latents(latents, tokenize(tokenizer, [s.prompt for s in scenes]), labels)
+
+
+def tokenize(tokenizer: CLIPTokenizer, text: list[str]) -> Tensor:
+    return tokenizer(text, padding="max_length", return_tensors="pt").input_ids
+
+
+def label_map(scene: Scene) -> np.ndarray:
+    """How much of each image token's cell each class and tint covers, uint8 [16, 62] of 255."""
+    cell = SIZE // CELLS
+    starts = np.arange(CELLS) * cell
+    out = np.zeros((CELLS, CELLS, LABELS), np.float32)
+    for o in scene.objects:
+        x, y = (
+            np.clip(np.minimum(starts + cell, p + SPRITE) - np.maximum(starts, p), 0, None) / cell
+            for p in (o.x, o.y)
+        )
+        share = y[:, None] * x[None]
+        out[..., CLASSES.index(o.name)] += share
+        if o.color is not None:
+            out[..., len(CLASSES) + COLORS.index(o.color)] += share
+    return (out.reshape(-1, LABELS) * 255).astype(np.uint8)
+
+
+class Condition(nn.Module):
+    """The two text towers, joined as StableDiffusion3Pipeline joins them without T5."""
+
+    def __init__(self, pipeline: Path) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(
+            CLIPTextModelWithProjection.from_pretrained(pipeline / name, dtype=torch.float32)
+            for name in ("text_encoder", "text_encoder_2")
+        )
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token features [n, 28, 256] (the last 14 stand for T5: zeros), pooled [n, 256]."""
+        outs = [tower(ids, output_hidden_states=True) for tower in self.towers]
+        hidden = torch.cat([o.hidden_states[-2] for o in outs], -1)
+        pooled = torch.cat([o.text_embeds for o in outs], -1)
+        return torch.cat([hidden, torch.zeros_like(hidden)], -2), pooled
+
+
+class LabelHead(nn.Module):
+    """Reads off a middle block what stands where; dropped after training.
+
+    The exact label map replaces the pretrained features of REPA (Yu et al., 2024): it teaches
+    the early blocks to bind words to places long before the velocity error does.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel) -> None:
+        super().__init__()
+        self.read = nn.Linear(transformer.inner_dim, LABELS)
+        nn.init.constant_(self.read.bias, -4.0)
+        self.tokens: Tensor | None = None
+        transformer.transformer_blocks[LABEL_BLOCK].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        self.tokens = output[1]
+
+    def loss(self, labels: Tensor) -> Tensor:
+        """Binary cross-entropy, summed over labels, mean over image tokens."""
+        guess = self.read(self.tokens).float()
+        target = labels.float() / 255.0
+        return F.binary_cross_entropy_with_logits(guess, target, reduction="none").sum(-1).mean()
+
+
+def train(recipe: Recipe, warm_start: Path | None = None) -> None:
+    """Train, then write a diffusers folder to `recipe.out / "export"`.
+
+    `warm_start` is a pipeline folder; the autoencoder, tokenizer and architecture come from it
+    (default: the shipped one).
+    """
+    base = WEIGHTS / "pipeline" if warm_start is None else warm_start
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    data = load_data(recipe.out.parent / "latents.safetensors", base, tokenizer)
+    dtype = torch.bfloat16 if half_is_fast() else torch.float32
+    transformer = SD3Transformer2DModel.from_pretrained(base / "transformer", torch_dtype=dtype)
+    condition = Condition(base).to(dtype)
+    torch.manual_seed(0)  # the label head initialises from the global generator
+    head = LabelHead(transformer).to(dtype)
+    loop = Loop(recipe, {"transformer": transformer, "condition": condition, "head": head})
+    null = tokenize(tokenizer, [""])
+    vae = load_vae(base / "vae").config
+    for step in loop.steps():
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        chosen = torch.randint(len(data.latents), (BATCH,), generator=generator)
+        x0 = (data.latents[chosen].float() - vae.shift_factor) * vae.scaling_factor
+        drop = torch.rand(BATCH, 1, generator=generator) < DROP_TEXT
+        ids = torch.where(drop, null, data.ids[chosen])
+        # Logit-normal times (Esser et al., 2024).
+        t = torch.randn(BATCH, generator=generator).sigmoid()
+        eps = torch.randn(x0.shape, generator=generator)
+        xt = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
+        hidden, pooled = condition(ids)
+        velocity = transformer(
+            hidden_states=xt.to(dtype), timestep=t * 1000.0,
+            encoder_hidden_states=hidden, pooled_projections=pooled,
+        ).sample  # fmt: skip
+        flow = F.mse_loss(velocity.float(), eps - x0)
+        labels = head.loss(data.labels[chosen])
+        loop.update(flow + LABEL_WEIGHT * labels, flow=flow, labels=labels)
+    loop.use_average()
+    export(base, transformer, condition, recipe.out / "export")
+
+
+def export(
+    base: Path, transformer: SD3Transformer2DModel, condition: Condition, folder: Path
+) -> None:
+    """A copy of the folder `base` with the trained parts in it, in bfloat16."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(base, folder)
+    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    for name, tower in zip(("text_encoder", "text_encoder_2"), condition.towers, strict=True):
+        tower.to(torch.bfloat16).save_pretrained(folder / name)
+    load_pipeline(folder=folder)
