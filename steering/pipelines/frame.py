@@ -1,0 +1,297 @@
+"""Control inversion: a pipeline's own ``__call__`` as a function we can ask questions.
+
+The pipeline runs, unchanged, in a greenlet on a shallow copy of itself. Its scheduler is a copy
+whose ``step`` hands the model output to us, waits, and returns the state we ask about next; its
+denoising loop goes on for as long as we ask. ``enumerate`` is replaced in the globals of that one
+function, so that the loop's index is the schedule index of the time in question, in any order.
+Guidance, ControlNet, adapters, experts and offload stay the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from greenlet import GreenletExit, error, getcurrent, greenlet
+from torch import Tensor
+
+from steering.errors import PipelineError
+from steering.paths import Time
+
+if TYPE_CHECKING:
+    from steering.pipelines.script import Script
+
+_STATE_CHECKS = 3
+
+
+class Stop(GreenletExit):
+    """Ends a frame from inside."""
+
+
+class StepOutput(NamedTuple):
+    """What a scheduler's step returns, in the words of all of them."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One question to the pipeline.
+
+    Attributes:
+        x: states [width, *event].
+        times: one level for all rows, or one per row.
+        net: the loop's ``t``: a number, or a :class:`RowTimes` [width].
+        index: the loop's ``i``.
+    """
+
+    x: Tensor
+    times: tuple[Time, ...]
+    net: Tensor
+    index: int
+
+
+class DrivenTimesteps(torch.Tensor):
+    """The real schedule; enumerating it asks the frame for the next query."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        out = super().__torch_function__(func, types_, args, kwargs or {})
+        if func in (torch.Tensor.__getitem__, torch.Tensor.to) and out.ndim == 1:
+            return out  # img2img slices the schedule; everything else must not inherit the class
+        return out.as_subclass(torch.Tensor) if isinstance(out, DrivenTimesteps) else out
+
+
+class RowTimes(torch.Tensor):
+    """One time per row where the loop expects a number: ``expand`` repeats the rows."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        if func is torch.Tensor.expand:
+            rows = args[0].as_subclass(torch.Tensor)
+            size = args[1] if isinstance(args[1], int) else args[1][0]
+            return rows.repeat(size // rows.shape[0])
+        return super().__torch_function__(func, types_, args, kwargs or {})
+
+
+class _FrameGreenlet(greenlet):
+    frame: Frame
+
+
+def _current() -> Frame | None:
+    return getattr(getcurrent(), "frame", None)
+
+
+def _drive(steps: Tensor) -> Iterator[tuple[int, Tensor]]:
+    frame = _current()
+    assert frame is not None
+    frame.walked = steps.as_subclass(torch.Tensor)
+    if frame.stop == "loop":
+        raise Stop
+    while frame.query is not None:
+        yield frame.query.index, frame.query.net
+
+
+def _driven_enumerate(items: Any, start: int = 0) -> Any:  # noqa: ANN401
+    steps = getattr(items, "iterable", items)  # a progress bar around the timesteps
+    if isinstance(steps, DrivenTimesteps) and _current() is not None:
+        return _drive(steps)
+    return builtins.enumerate(items, start)
+
+
+def inverted(call: Callable) -> Callable:
+    """The function without its ``no_grad`` wrapper, with ``enumerate`` replaced for it alone."""
+    inner = inspect.unwrap(call)
+    names = {**inner.__globals__, "enumerate": _driven_enumerate}
+    made = types.FunctionType(
+        inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__
+    )
+    made.__kwdefaults__ = inner.__kwdefaults__
+    return made
+
+
+class Frame:
+    """One suspended pipeline call, for one make-up of prompts.
+
+    Args:
+        script: the pipeline and its arguments.
+        conds: the prompt of each row.
+        query: the first question; None for a frame that is never asked.
+        leave: leave the loop at once with the query's x (decoding).
+        stop: "latents" or "loop" ends the run there, to look at what the pipeline prepared.
+        generator: for prepare_latents and the decoder.
+        parts: components to put in place of the pipeline's own, by name.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        conds: Sequence[int],
+        query: Query | None = None,
+        *,
+        leave: bool = False,
+        stop: str | None = None,
+        generator: Any = None,  # noqa: ANN401
+        output_type: str = "latent",
+        parts: Mapping[str, object] | None = None,
+    ) -> None:
+        self.script, self.conds, self.width = script, tuple(conds), len(conds)
+        self.first = query
+        self.query = None if leave else query
+        self.stop = stop
+        self.latents: Tensor | None = None
+        self.walked: Tensor | None = None
+        self.full_schedule: Any = None
+        self.checks = _STATE_CHECKS
+        self._calls_of_prepare = 0
+        self.pipe = self._copy(parts or {})
+        arguments = script.arguments.for_rows(
+            self.conds, output_type=output_type, generator=generator
+        )
+        self.greenlet = _FrameGreenlet(lambda: script.call(self.pipe, **arguments))
+        self.greenlet.frame = self
+
+    def _copy(self, parts: Mapping[str, object]) -> Any:  # noqa: ANN401
+        pipe = copy.copy(self.script.pipe)
+        self._real_prepare = pipe.prepare_latents  # bound to the copy, whose scheduler is set
+        quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        changes: dict[str, object] = {
+            "scheduler": self._scheduler(),
+            "prepare_latents": self._prepare_latents,
+            "maybe_free_model_hooks": lambda: None,
+            "_progress_bar_config": quiet,
+            **parts,
+        }
+        if self.script.encode is not None:
+            changes["encode_prompt"] = partial(self.script.encode, pipe.encode_prompt)
+        for name, value in changes.items():
+            object.__setattr__(pipe, name, value)  # past diffusers' registration of components
+        return pipe
+
+    def _scheduler(self) -> Any:  # noqa: ANN401
+        scheduler = copy.copy(self.script.scheduler)
+        real_set, signature = scheduler.set_timesteps, inspect.signature(scheduler.step)
+
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            real_set(*args, **kwargs)
+            if self.stop == "loop":
+                self.full_schedule = copy.copy(scheduler)
+                for name in ("set_timesteps", "step", "scale_model_input"):
+                    self.full_schedule.__dict__.pop(name, None)
+            scheduler.timesteps = scheduler.timesteps.as_subclass(DrivenTimesteps)
+
+        def step(*args: Any, **kwargs: Any) -> StepOutput:  # noqa: ANN401
+            given = signature.bind(*args, **kwargs).arguments
+            return self._answer(given["model_output"], given["sample"])
+
+        def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+            if self.query is None or self.script.schedule is None:
+                return sample
+            return self.script.schedule.scale_input(sample, self.query.times)
+
+        set_timesteps.__signature__ = inspect.signature(real_set)  # type: ignore[attr-defined]
+        step.__signature__ = signature  # type: ignore[attr-defined]
+        scheduler.set_timesteps, scheduler.step = set_timesteps, step
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input = scale_model_input
+        return scheduler
+
+    def _prepare_latents(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        self._calls_of_prepare += 1
+        if self._calls_of_prepare > 1:
+            return self._real_prepare(*args, **kwargs)
+        # What comes beside the latents (position ids, image conditions) depends on the width only.
+        out = self.script.prepared.get(self.width) if self.first is not None else None
+        if out is None:
+            with torch.no_grad():
+                out = self._real_prepare(*args, **kwargs)
+        self.latents = out[0] if isinstance(out, tuple) else out
+        if self.latents.shape[0] != self.width:
+            raise PipelineError(
+                f"{self.script.name} prepared {self.latents.shape[0]} latents for {self.width} "
+                "prompts: it does not take a list of prompts, so rows cannot be batched."
+            )
+        if self.stop == "latents":
+            raise Stop
+        if self.first is None:
+            return out
+        self.script.prepared[self.width] = out
+        self._given = self.first.x.to(self.latents)
+        return (self._given, *out[1:]) if isinstance(out, tuple) else self._given
+
+    def _answer(self, output: Tensor, sample: Tensor) -> StepOutput:
+        if self.checks > 0:
+            self.checks -= 1
+            self._check_state(sample)
+        query = self.greenlet.parent.switch(output)
+        self.query = None if isinstance(query, Tensor) else query
+        x = query if isinstance(query, Tensor) else query.x
+        self._given = x.to(sample)
+        return StepOutput(self._given, self._given)
+
+    def _check_state(self, sample: Tensor) -> None:
+        if sample is self._given:
+            return
+        if sample.shape != self._given.shape or not torch.equal(
+            sample, self._given.to(sample.dtype)
+        ):
+            raise PipelineError(
+                f"{self.script.name} alters the state between two steps of its loop (as "
+                "inpainting by blending does), so its network does not see the state asked for. "
+                "Use a pipeline whose network takes the mask as input instead."
+            )
+
+    # --- from outside ------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        return not self.greenlet.dead
+
+    def ask(self, query: Query, grad: bool = False) -> Tensor:
+        """The model output at a query, as it reaches scheduler.step."""
+        value = (query,)
+        if not self.greenlet:  # not started: x enters through prepare_latents
+            self.first = self.query = query
+            value = ()
+        out = self._switch(value, grad)
+        if not self.alive:
+            raise PipelineError(f"{self.script.name} left its loop without a scheduler step.")
+        return out
+
+    def run(self, grad: bool = False) -> Any:  # noqa: ANN401
+        """Runs to the end (or to ``stop``); what the pipeline returned."""
+        out = self._switch((), grad)
+        if self.alive:
+            self.close()
+            raise PipelineError(f"{self.script.name} did not stop where it was expected to.")
+        return out
+
+    def finish(self, x: Tensor, grad: bool = False) -> Any:  # noqa: ANN401
+        """Leaves the loop of a parked frame with state x; what the pipeline returned."""
+        return self._switch((x,), grad)
+
+    def _switch(self, value: tuple, grad: bool) -> Any:  # noqa: ANN401
+        self.greenlet.parent = getcurrent()
+        with torch.set_grad_enabled(grad):  # the mode is the thread's, greenlets share it
+            return self.greenlet.switch(*value)
+
+    def close(self) -> None:
+        """Unwinds the pipeline's call and frees what it held."""
+        if self.greenlet and not self.greenlet.dead:
+            try:
+                self.greenlet.parent = getcurrent()
+                self.greenlet.throw(Stop)
+            except error:
+                pass  # started in a thread that is gone; its stack went with it

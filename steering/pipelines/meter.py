@@ -1,0 +1,71 @@
+"""Counts network rows where they are spent: on the denoising networks themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steering.errors import PipelineError
+
+_DENOISER = re.compile(r"(transformer|unet|prior|dit|denoiser)(_\d+)?$")
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401
+    """The components of a pipeline that denoise (transformer, transformer_2, unet, ...)."""
+    found = {
+        name: part
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module) and _DENOISER.match(name)
+    }
+    if not found:
+        raise PipelineError(
+            f"{type(pipe).__name__} has no component named transformer or unet, so network "
+            f"evaluations cannot be counted. Components: {', '.join(pipe.components)}."
+        )
+    return found
+
+
+def count_rows(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Batch rows of one network call: the length of its state argument."""
+    for name in ("hidden_states", "sample", "x", "latents"):
+        if name in kwargs:
+            return len(kwargs[name])
+    return next((len(v) for v in args if isinstance(v, (Tensor, list)) and len(v)), 1)
+
+
+class Meter:
+    """Row counter on a pipeline's denoisers; counts only while ``on``.
+
+    Attributes:
+        rows: network rows so far.
+    """
+
+    def __init__(self, networks: dict[str, nn.Module]) -> None:
+        self.rows = 0
+        self._active = False
+        hook = torch.compiler.disable(self._count)
+        self._hooks = [
+            net.register_forward_pre_hook(hook, with_kwargs=True) for net in networks.values()
+        ]
+
+    def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._active:
+            self.rows += count_rows(args, kwargs)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Counts the calls made inside, not those of the user's own pipeline beside it."""
+        before, self._active = self._active, True
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

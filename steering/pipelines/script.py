@@ -1,0 +1,109 @@
+"""What all frames of one wrapped pipeline share: the call, its arguments, its schedule."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.errors import PipelineError
+from steering.paths import Time
+from steering.pipelines.frame import Frame, Query, RowTimes, inverted
+from steering.pipelines.prompts import Arguments, PromptMemo
+from steering.pipelines.schedule import Schedule, read_schedule
+
+_MAX_FRAMES = 32
+_MAX_ROWS = 256
+
+
+class Script:
+    """A pipeline ready to be run in frames.
+
+    Attributes:
+        schedule: None until the first frame has looked.
+        prepared: what prepare_latents returned, by width.
+        event_shape: shape of one state in the loop.
+    """
+
+    def __init__(self, pipe: Any, arguments: Arguments, name: str) -> None:  # noqa: ANN401
+        self.pipe, self.arguments, self.name = pipe, arguments, name
+        self.call = inverted(type(pipe).__call__)
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.device = torch.device(getattr(pipe, "_execution_device", pipe.device))
+        narrow = getattr(pipe, "dtype", torch.float32) in (torch.float16, torch.bfloat16)
+        can_encode = hasattr(pipe, "encode_prompt")
+        self.encode = PromptMemo(0.05 if narrow else 1e-3) if can_encode else None
+        self.prepared: dict[int, Any] = {}
+        self.schedule: Schedule | None = None
+        self._frames: OrderedDict[tuple, Frame] = OrderedDict()
+        self._look()
+
+    def _look(self) -> None:
+        """A run that ends at the loop: the schedule as the pipeline set it, and the state."""
+        frame = Frame(self, (0,), stop="loop", generator=self.seed(1))
+        frame.run()
+        if frame.walked is None or frame.latents is None or frame.full_schedule is None:
+            missing = (
+                "call prepare_latents" if frame.latents is None
+                else "call scheduler.set_timesteps" if frame.full_schedule is None
+                else "run `for i, t in enumerate(timesteps)`"
+            )
+            raise PipelineError(f"{self.name} cannot be driven: it does not {missing}.")
+        scheduler = frame.full_schedule
+        scheduler.timesteps = scheduler.timesteps.as_subclass(torch.Tensor)
+        self.schedule = read_schedule(scheduler, frame.walked)
+        self._time_device = frame.walked.device
+        self.event_shape = tuple(frame.latents.shape[1:])
+        self.state_dtype = frame.latents.dtype
+
+    def seed(self, width: int) -> Any:  # noqa: ANN401
+        """Equal generators for each row, so that frames do not depend on global random state."""
+        return [torch.Generator("cpu").manual_seed(0) for _ in range(width)]
+
+    def query(self, x: Tensor, times: Sequence[Time]) -> Query:
+        """A question about rows x at one level, or at one level each."""
+        schedule = self.schedule
+        assert schedule is not None
+        nets = [time.net for time in times]
+        like = schedule.walked
+        if len(set(nets)) == 1 and len({time.sigma for time in times}) == 1:
+            times, nets = times[:1], nets[:1]
+            net = torch.tensor(nets[0], dtype=like.dtype, device=self._time_device)
+        else:
+            net = torch.tensor(nets, dtype=like.dtype, device=self._time_device)
+            net = net.as_subclass(RowTimes)
+        return Query(x, tuple(times), net, schedule.index(nets[0]))
+
+    def ask(self, conds: tuple[int, ...], query: Query, grad: bool = False) -> Tensor:
+        """Model output from a parked frame, or from one of its own where a graph is kept."""
+        if grad:
+            frame = Frame(self, conds, query, generator=self.seed(len(conds)))
+            try:
+                return frame.ask(query, grad=True)
+            finally:
+                frame.close()  # a parked frame would keep the graph alive
+        key = (threading.get_ident(), conds)  # a greenlet belongs to its thread
+        frame = self._frames.pop(key, None)
+        if frame is None:
+            frame = Frame(self, conds, query, generator=self.seed(len(conds)))
+        out = frame.ask(query)
+        self._frames[key] = frame
+        self._evict()
+        return out
+
+    def _evict(self) -> None:
+        rows = sum(frame.width for frame in self._frames.values())
+        while len(self._frames) > 1 and (len(self._frames) > _MAX_FRAMES or rows > _MAX_ROWS):
+            _, oldest = self._frames.popitem(last=False)
+            rows -= oldest.width
+            oldest.close()
+
+    def close(self) -> None:
+        """Frees all parked frames."""
+        while self._frames:
+            self._frames.popitem()[1].close()

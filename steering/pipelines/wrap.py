@@ -1,0 +1,258 @@
+"""wrap(): any diffusers pipeline as a :class:`steering.model.Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError
+from steering.grids import Grid
+from steering.noise import NoiseKey
+from steering.paths import Path, Prediction, Time, Times
+from steering.pipelines.frame import Frame
+from steering.pipelines.meter import Meter, denoisers
+from steering.pipelines.prompts import Arguments
+from steering.pipelines.script import Script
+
+
+def wrap(
+    pipe: Any,  # noqa: ANN401
+    *,
+    mixed_times: bool | Literal["auto"] = "auto",
+    max_batch: int | None = None,
+    name: str | None = None,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> WrappedPipeline:
+    """Turns a diffusers pipeline into a model that can be asked.
+
+    Args:
+        pipe: the pipeline; it is not changed, and can be used beside.
+        mixed_times: whether rows at different times may share a batch; "auto" finds out.
+        max_batch: most rows of one frame (guidance may double them inside).
+        name: for reports; the pipeline's class by default.
+        call_kwargs: what one would pass to ``pipe(...)``. A list of prompts makes one model with
+            that many conditions, which ``cond`` chooses from.
+
+    Raises:
+        OptionError: an argument that ``pipe(...)`` does not have, or that steering decides.
+        PipelineError: the pipeline cannot be driven, with the reason.
+    """
+    return WrappedPipeline(pipe, mixed_times, max_batch, name, call_kwargs)
+
+
+class WrappedPipeline:
+    """A diffusers pipeline as a Model; see :func:`wrap`. Not safe to use from two threads at once.
+
+    Attributes:
+        name, family ("vp", "ve", "flow", "edm"), prediction_type, guidance: for reports.
+        path: the noising path; ``path.at(t)`` fills the number the network is told.
+        prompts, event_shape, dtype, device: as in Model; dtype is the networks' own.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,  # noqa: ANN401
+        mixed_times: bool | Literal["auto"],
+        max_batch: int | None,
+        name: str | None,
+        call_kwargs: dict[str, Any],
+    ) -> None:
+        if max_batch is not None and max_batch < 1:
+            raise OptionError(f"max_batch must be at least 1, got {max_batch}.")
+        self.pipe = pipe
+        self.max_batch = max_batch
+        self.call_kwargs = call_kwargs
+        arguments = Arguments(pipe, call_kwargs)
+        self.name = name or type(pipe).__name__
+        networks = denoisers(pipe)
+        self._script = Script(pipe, arguments, self.name)
+        self._meter = Meter(networks)
+        schedule = self.schedule = self._script.schedule
+        assert schedule is not None
+        self.family, self.prediction_type = schedule.family, schedule.prediction
+        self.path: Path = schedule.path
+        self.prompts: tuple[str | None, ...] = arguments.prompts
+        self.event_shape = self._script.event_shape
+        self.device = self._script.device
+        self.dtype: torch.dtype = next(iter(networks.values())).dtype
+        self._mixed = mixed_times
+        self._costs: tuple[int, ...] | None = None
+        self._wide_noise: bool | None = None
+
+    @property
+    def guidance(self) -> float | None:
+        """The pipeline's guidance scale, where it has one."""
+        known = self._script.arguments.known
+        for name in ("true_cfg_scale", "guidance_scale"):
+            if name in self.call_kwargs:
+                return self.call_kwargs[name]
+        return known["guidance_scale"].default if "guidance_scale" in known else None
+
+    @property
+    def mixed_times(self) -> bool:
+        """Whether rows at different times share calls; "auto" runs its self-test on first use."""
+        return bool(self._mixed) if self._mixed != "auto" else False
+
+    @property
+    def rows(self) -> int:
+        """Network rows evaluated so far, probes included."""
+        return self._meter.rows
+
+    def grid(self) -> Grid:
+        """The noise levels as the pipeline itself set them."""
+        return self.schedule.grid
+
+    def costs(self) -> tuple[int, ...]:
+        """Network rows per sample at each step of ``grid()``."""
+        return (2,) * len(self.grid())
+
+    def noise(self, n: int, key: NoiseKey, *, cond: int = 0) -> Tensor:
+        """The pipeline's own starting states for slots key.slot ..., float32 [n, *event_shape].
+
+        Each slot has its own generator, so equal keys give equal bits at any n.
+        """
+        self._check_conds([cond])
+        if n > 1 and self._wide_noise is None:
+            probe = NoiseKey(seed=0, stream="probe")
+            one_by_one = torch.cat([self._noise(1, probe.at(slot=k), cond) for k in range(2)])
+            try:
+                self._wide_noise = torch.equal(self._noise(2, probe, cond), one_by_one)
+            except Exception:  # a pipeline that takes no list of generators, in its own words
+                self._wide_noise = False
+        if n == 1 or self._wide_noise:
+            return self._noise(n, key, cond)
+        return torch.cat([self._noise(1, key.at(slot=key.slot + k), cond) for k in range(n)])
+
+    def _noise(self, n: int, key: NoiseKey, cond: int) -> Tensor:
+        generators = [key.at(slot=key.slot + k).generator() for k in range(n)]
+        frame = Frame(
+            self._script,
+            (cond,) * n,
+            stop="latents",
+            generator=generators if n > 1 else generators[0],
+        )
+        frame.run()
+        assert frame.latents is not None
+        return frame.latents.float()
+
+    def predict(
+        self, x: Tensor, t: Times, *, cond: int | Sequence[int] = 0, grad: bool = False
+    ) -> Prediction:
+        """The guided prediction at states x [n, *event_shape], float32.
+
+        Rows at different times are asked separately unless ``mixed_times``; then ``max_batch``
+        splits. With ``grad`` the result carries a graph back to x; freeze the networks'
+        parameters (``requires_grad_(False)``) to keep that graph small.
+
+        Raises:
+            OptionError: shapes, times or conds that do not fit together.
+        """
+        out = self.output(x, t, cond=cond, grad=grad)
+        x = x.to(out.device, torch.float32)
+        return self.schedule.predict(x, out.float(), t)
+
+    def output(
+        self, x: Tensor, t: Times, *, cond: int | Sequence[int] = 0, grad: bool = False
+    ) -> Tensor:
+        """What reaches ``scheduler.step`` for states x, in the pipeline's own dtype."""
+        n = len(x)
+        times = [t] * n if isinstance(t, Time) else list(t)
+        conds = [cond] * n if isinstance(cond, int) else [int(c) for c in cond]
+        self._check_rows(x, times, conds)
+        x = x.to(self.device)
+        order: list[int] = []
+        outs = []
+        for rows in self._split(times, conds):
+            query = self._script.query(_take(x, rows), [times[r] for r in rows])
+            with self._meter.on():
+                outs.append(self._script.ask(tuple(conds[r] for r in rows), query, grad))
+            order += rows
+        return _restore(outs, order)
+
+    def _split(self, times: Sequence[Time], conds: Sequence[int]) -> list[list[int]]:
+        """Rows by noise level (unless they may mix), ordered by prompt, then by max_batch."""
+        groups: dict[object, list[int]] = {}
+        several = len({(t.net, t.sigma) for t in times}) > 1
+        together = not several or self.mixed_times
+        for row, time in enumerate(times):
+            groups.setdefault(None if together else (time.net, time.sigma), []).append(row)
+        size = self.max_batch or max(1, len(times))
+        out = []
+        for rows in groups.values():
+            rows.sort(key=lambda r: conds[r])  # few make-ups: parked frames are used again
+            out += [rows[k : k + size] for k in range(0, len(rows), size)]
+        return out
+
+    def _check_rows(self, x: Tensor, times: Sequence[Time], conds: Sequence[int]) -> None:
+        if tuple(x.shape[1:]) != self.event_shape or len(x) == 0:
+            raise OptionError(
+                f"{self.name}: states must be [n, {', '.join(map(str, self.event_shape))}] with "
+                f"n > 0, got {list(x.shape)}."
+            )
+        if len(times) != len(x) or len(conds) != len(x):
+            raise OptionError(
+                f"{self.name}: {len(x)} states came with {len(times)} times and {len(conds)} conds."
+            )
+        self._check_conds(conds)
+
+    def _check_conds(self, conds: Sequence[int]) -> None:
+        for c in conds:
+            if not 0 <= c < len(self.prompts):
+                raise OptionError(
+                    f"{self.name}: cond {c} is not one of {len(self.prompts)} prompts."
+                )
+
+    def decode(self, x0: Tensor, *, grad: bool = False) -> Tensor:
+        """The pipeline's own decoding: float32 in [0, 1], [n, 3, H, W] or [n, F, 3, H, W]."""
+        self._check_rows(x0, [self.grid().times[0]] * len(x0), [0] * len(x0))
+        x0 = x0.to(self.device)
+        size = self.max_batch or len(x0)
+        parts = [self._decode(chunk, grad) for chunk in x0.split(size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, x: Tensor, grad: bool) -> Tensor:
+        script = self._script
+        query = script.query(x, [self.grid().times[-1]])
+        frame = Frame(
+            script,
+            (0,) * len(x),
+            query,
+            leave=True,
+            generator=script.seed(len(x)),
+            output_type="pt",
+        )
+        return frame.run(grad)[0].float()
+
+    def close(self) -> None:
+        """Frees parked frames and removes the row counters from the networks."""
+        self._script.close()
+        self._meter.close()
+
+    def __enter__(self) -> WrappedPipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
+    if list(rows) == list(range(len(x))):
+        return x
+    return x[torch.tensor(rows, device=x.device)]
+
+
+def _restore(outs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    out = outs[0] if len(outs) == 1 else torch.cat(list(outs))
+    if list(order) == list(range(len(order))):
+        return out
+    back = torch.tensor(order, device=out.device).argsort()
+    return out[back]
