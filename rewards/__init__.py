@@ -10,8 +10,25 @@ from __future__ import annotations
 
 from steering.rewards.arithmetic import WeightedSum
 from steering.rewards.base import Reward, register
+from steering.rewards.brightness import Brightness
+from steering.rewards.clip import Clip
+from steering.rewards.detector import Detector
 from steering.rewards.function import FunctionReward
+from steering.rewards.jpeg import Jpeg
+from steering.rewards.pixels import PixelSpec
 from steering.rewards.spec import as_reward
 from steering.scoring import Scores
 
-__all__ = ["FunctionReward", "Reward", "Scores", "WeightedSum", "as_reward", "register"]
+__all__ = [
+    "Brightness",
+    "Clip",
+    "Detector",
+    "FunctionReward",
+    "Jpeg",
+    "PixelSpec",
+    "Reward",
+    "Scores",
+    "WeightedSum",
+    "as_reward",
+    "register",
+]

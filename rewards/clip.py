@@ -1,0 +1,163 @@
+"""CLIPScore with any open_clip model: how well an image fits its text."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError
+from steering.rewards.base import Reward, register
+from steering.rewards.images import need_text
+from steering.rewards.pixels import PixelSpec
+
+if TYPE_CHECKING:
+    from steering.rewards.clip_loading import Loaded
+
+STICKERS = "stickers"
+_CACHED_PROMPTS = 4096
+
+
+@register("clip")
+@dataclass(frozen=True, kw_only=True)
+class Clip(Reward):
+    """Cosine of image and text in an open_clip model (CLIPScore; Hessel et al., 2021).
+
+    The value is ``scale * cos``, unclipped, so that images which fit badly still have a gradient.
+    ``scale=100`` gives the unit of most tables, ``scale=2.5`` Hessel's. Scores of different
+    models or scales cannot be compared: always report the spec with the number.
+
+    On the embedded sticker model a reward without ``model`` and ``pretrained`` becomes
+    ``clip(model=stickers)``, which was trained on its pictures.
+
+    Attributes:
+        model: a name open_clip knows, "hf-hub:owner/name", "local-dir:folder" or "stickers".
+        pretrained: a tag of that model, a weights file, or a folder with open_clip_config.json
+            (which then also says the architecture).
+        scale: factor on the cosine.
+        precision: "fp32", "bf16" or "fp16", for images; text follows.
+        device: where the encoder lives; None follows the images.
+        batch_size: images encoded at once.
+
+    Raises:
+        OptionError: an unknown model or tag, or a tag trained with another activation than the
+            model has (QuickGELU); both before any weights are read.
+        WeightsError: weights that cannot be found or read.
+    """
+
+    differentiable: ClassVar[bool] = True
+    licence: ClassVar[str] = "MIT (code and OpenAI weights; other weights: their model card)"
+
+    model: str = "ViT-L-14-quickgelu"
+    pretrained: str = "openai"
+    scale: float = 1.0
+    precision: str = "fp32"
+    device: str | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise OptionError(f"clip(precision={self.precision!r}): give fp32, bf16 or fp16.")
+        if self.batch_size < 1:
+            raise OptionError(f"clip(batch_size={self.batch_size}): give 1 or more.")
+
+    def for_model(self, model: Any) -> Clip:  # noqa: ANN401
+        """This reward for images of `model`, with its weights loaded before any image is made."""
+        bare = (self.model, self.pretrained) == (Clip.model, Clip.pretrained)
+        adapted = self
+        if bare and str(getattr(model, "name", "")).startswith(STICKERS):
+            adapted = replace(self, model=STICKERS)
+        adapted._encoder(getattr(model, "device", "cpu"))
+        return adapted
+
+    def score(
+        self, images: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
+    ) -> Tensor:
+        """``scale * cos`` [n] on the images' device."""
+        texts = need_text(prompts, self.name)
+        encoder = self._encoder(images.device)
+        text = encoder.text(texts)
+        cosines = [
+            (encoder.image(part.to(encoder.device)) * text[start : start + len(part)]).sum(-1)
+            for start, part in zip(
+                range(0, len(images), self.batch_size), images.split(self.batch_size), strict=True
+            )
+        ]
+        return self.scale * torch.cat(cosines).to(images.device)
+
+    def _encoder(self, device: torch.device | str) -> Encoder:
+        from steering.rewards.clip_loading import load
+
+        where = str(torch.device(self.device or device))
+        with torch.inference_mode(False):
+            return _encoder(load(self.model, self.pretrained, self.precision, where))
+
+
+class Encoder:
+    """Image and text towers of one loaded model; text features are kept.
+
+    Args:
+        loaded: what `clip_loading.load` returns.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
+        self.pixels = PixelSpec.from_open_clip(loaded.preprocess)
+        self._text: OrderedDict[str, Tensor] = OrderedDict()
+
+    def image(self, images: Tensor) -> Tensor:
+        """Unit vectors float32 [n, d] of images [n, 3, H, W] in [0, 1]; differentiable."""
+        pixels = self.pixels.apply(images).to(self.loaded.dtype)
+        return torch.nn.functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 [n, d]; each prompt is encoded once and kept."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._text]
+        for start in range(0, len(new), 64):
+            chunk = new[start : start + 64]
+            self._warn_of_truncation(chunk)
+            # Kept features may serve a backward pass later, so no inference tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self.model.encode_text(self.tokenizer(chunk).to(self.device)).float()
+            found = torch.nn.functional.normalize(found, dim=-1)
+            self._text.update(zip(chunk, found, strict=True))
+        for prompt in dict.fromkeys(prompts):
+            self._text.move_to_end(prompt)
+        result = torch.stack([self._text[p] for p in prompts])
+        while len(self._text) > _CACHED_PROMPTS:
+            self._text.popitem(last=False)
+        return result
+
+    def _warn_of_truncation(self, prompts: Sequence[str]) -> None:
+        room = getattr(self.tokenizer, "context_length", None)
+        for prompt in prompts:
+            length = _token_count(self.tokenizer, prompt)
+            if room and length > room:
+                warnings.warn(
+                    f"clip reads {room} tokens and this prompt has {length}; the rest is not "
+                    f"scored: {prompt[:60]!r}...",
+                    stacklevel=2,
+                )
+
+
+def _encoder(loaded: Loaded) -> Encoder:
+    """One encoder per loaded model, so that all rewards on it share their text features."""
+    if loaded.encoder is None:
+        loaded.encoder = Encoder(loaded)
+    return loaded.encoder
+
+
+def _token_count(tokenizer: Callable[..., Any], prompt: str) -> int:
+    """Tokens of the whole prompt with its start and end marks; 0 where it cannot be told."""
+    inner = getattr(tokenizer, "tokenizer", None)  # open_clip's wrapper of a transformers one
+    if inner is not None:
+        clean = getattr(tokenizer, "clean_fn", None)
+        return len(inner(clean(prompt) if clean else prompt)["input_ids"])
+    encode = getattr(tokenizer, "encode", None)
+    return len(encode(prompt)) + 2 if encode else 0
