@@ -20,6 +20,8 @@ if (_root / "pyproject.toml").is_file() and (_root / "samplers").is_dir():
 _NAMES = {
     "steer": "steering.api",
     "wrap": "steering.pipelines",
+    "load": "steering.loading",
+    "replay": "steering.repeat",
     "Model": "steering.model",
     "NoiseKey": "steering.noise",
     "Result": "steering.result",
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
     from steering.api import steer
     from steering.errors import SteeringError
     from steering.ledger import Budget
+    from steering.loading import load
     from steering.model import Model
     from steering.noise import NoiseKey
     from steering.pipelines import wrap
+    from steering.repeat import replay
     from steering.result import Result
 
 __all__ = [
@@ -43,6 +47,8 @@ __all__ = [
     "NoiseKey",
     "Result",
     "SteeringError",
+    "load",
+    "replay",
     "steer",
     "wrap",
 ]

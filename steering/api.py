@@ -103,12 +103,13 @@ def _model(pipe: object, prompt: Any, call_kwargs: dict[str, Any]) -> tuple[Mode
                 "it for the new prompts, or leave prompt out."
             )
         return pipe, False
+    from steering.loading import source_of
     from steering.pipelines import wrap
 
     if prompt is not None:
         check_prompts(prompt)
         call_kwargs = {"prompt": prompt, **call_kwargs}
-    return wrap(pipe, **call_kwargs), True
+    return wrap(pipe, name=source_of(pipe), **call_kwargs), True
 
 
 def check_prompts(prompt: object) -> None:

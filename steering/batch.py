@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,9 +53,16 @@ class Batch:
         nets = torch.tensor([t.net for t in self._levels], dtype=torch.float64)
         self.order = nets.argsort(descending=True, stable=True)
 
-    def chunk(self, start: int, size: int) -> Tensor:
-        """Row indices of the next call."""
-        return self.order[start : start + size]
+    def without(self, rows: Tensor, owners: Collection[int]) -> Tensor:
+        """The rows that belong to none of the owners."""
+        if not owners:
+            return rows
+        return rows[~torch.isin(self.owner[rows], torch.tensor(list(owners)))]
+
+    def by_owner(self, rows: Tensor) -> dict[int, Tensor]:
+        """The rows of each task that has any."""
+        mine = self.owner[rows]
+        return {k: rows[mine == k] for k in mine.unique().tolist()}
 
     def times(self, rows: Tensor) -> Time | list[Time]:
         """The level of the rows: one where they agree."""
@@ -92,17 +100,20 @@ class Batch:
             total[k] += self.tasks[k].cost(self._levels[i])
         return total
 
-    def split(self, parts: list[Any]) -> list[Any]:
-        """The answers of all chunks, put back in request order, one per request."""
-        whole = _join(parts)
-        back = None
-        if not self.in_order:
-            back = torch.empty_like(self.order)
-            back[self.order] = torch.arange(len(self.order))
-        answers, start = [], 0
-        for n in self.counts:
-            index = slice(start, start + n) if back is None else back[start : start + n]
-            answers.append(_take(whole, index))
+    def split(self, parts: list[tuple[Tensor, Any]], errors: dict[int, Exception]) -> list[Any]:
+        """Answers in request order, from (rows, answer) pairs; errors stand in for answers."""
+        answers: list[Any] = [errors.get(k) for k in range(len(self.tasks))]
+        if len(errors) == len(self.tasks):
+            return answers
+        whole, rows = _join([answer for _, answer in parts]), _one([r for r, _ in parts])
+        back = torch.empty_like(self.order)
+        back[rows] = torch.arange(len(rows))
+        straight = torch.equal(rows, torch.arange(len(self)))
+        start = 0
+        for k, n in enumerate(self.counts):
+            if k not in errors:
+                index = slice(start, start + n)
+                answers[k] = _take(whole, index if straight else back[index])
             start += n
         return answers
 

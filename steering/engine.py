@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steering.batch import Batch, out_of_memory, rows_of, times_of
-from steering.errors import BudgetError
+from steering.errors import BudgetError, OptionError
 from steering.ledger import Budget, Ledger
 from steering.method import Context, Method, Plan
 from steering.model import Model
@@ -111,6 +111,9 @@ class Engine:
         max_batch: most rows per call; halved when memory runs out, for the rest of the run.
         listener: called with every Progress.
         cancelled: asked between calls; True stops all tasks at their best so far.
+
+    Raises:
+        OptionError: max_batch below 1.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class Engine:
         listener: Listener | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
+        if max_batch < 1:
+            raise OptionError(f"max_batch must be at least 1, got {max_batch}.")
         self.model = model
         self.listener = listener
         self.cancelled = cancelled or (lambda: False)
@@ -143,9 +148,10 @@ class Engine:
                 if kind is not None:
                     self._serve([t for t, r in pending.items() if isinstance(r, kind)], pending)
         except KeyboardInterrupt:
-            for task in [*pending, *waiting]:
-                task.cancelled = True
-                if task.run is not None:
+            # Not only those in `pending`: the interrupt may fall between two of a task's requests.
+            for task in tasks:
+                task.cancelled = task.outcome is None and task.error is None
+                if task.cancelled and task.run is not None:
                     task.run.close()
 
     def _admit(self, waiting: list[Task], pending: dict[Task, Request]) -> None:
@@ -165,10 +171,13 @@ class Engine:
             while True:
                 throw = isinstance(answer, BaseException)
                 request = task.run.throw(answer) if throw else task.run.send(answer)
-                if not isinstance(request, Progress):
+                if isinstance(request, _ORDER):
                     break
-                self._report(task, request)
                 answer = None
+                if isinstance(request, Progress):
+                    self._report(task, request)
+                else:
+                    answer = TypeError(f"{task.method.name!r} asked for {request!r}, no Request.")
             pending[task] = request
         except StopIteration as stop:
             task.outcome = stop.value
@@ -213,33 +222,43 @@ class Engine:
             task.ledger.check(task.budget)
 
     def _answers(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
-        """One answer or error per task; a failure in company is repeated alone to find whose."""
+        """One answer or error per task."""
         try:
-            return self._call(tasks, requests)
-        except Exception as error:
+            batch = Batch(tasks, requests)
+        except Exception as error:  # rows of different shapes
             if len(tasks) == 1:
                 return [error]
-        answers: list[Any] = []
-        for task, request in zip(tasks, requests, strict=True):
-            answers += self._answers([task], [request])
-        return answers
+            pairs = zip(tasks, requests, strict=True)
+            return [answer for t, r in pairs for answer in self._answers([t], [r])]
+        return self._call(batch)
 
-    def _call(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
-        """Runs a merged batch in chunks that memory holds; halves the limit when it does not."""
-        batch = Batch(tasks, requests)
-        parts: list[Any] = []
-        start = 0
-        while start < len(batch):
-            rows = batch.chunk(start, self.limits[batch.kind])
-            try:
-                parts.append(self._evaluate(batch, rows))
-            except Exception as error:
-                if not out_of_memory(error) or len(rows) == 1:
-                    raise
-                self.limits[batch.kind] = max(1, len(rows) // 2)
+    def _call(self, batch: Batch) -> list[Any]:
+        """Runs a merged batch in chunks that memory holds; halves the limit when it does not.
+
+        A chunk that fails in company is repeated task by task to find whose error it is. Rows
+        that succeeded are not run, and not charged, a second time.
+        """
+        todo, parts = [batch.order], []
+        errors: dict[int, Exception] = {}
+        while todo:
+            rows, size = batch.without(todo.pop(), errors), self.limits[batch.kind]
+            if len(rows) > size:
+                todo.append(rows[size:])
+            rows = rows[:size]
+            if len(rows) == 0:
                 continue
-            start += len(rows)
-        return batch.split(parts)
+            try:
+                parts.append((rows, self._evaluate(batch, rows)))
+            except Exception as error:
+                owners = batch.by_owner(rows)
+                if out_of_memory(error) and len(rows) > 1:
+                    self.limits[batch.kind] = max(1, len(rows) // 2)
+                    todo.append(rows)
+                elif len(owners) > 1:
+                    todo += reversed(owners.values())
+                else:
+                    errors[next(iter(owners))] = error
+        return batch.split(parts, errors)
 
     def _evaluate(self, batch: Batch, rows: Tensor) -> Prediction | Tensor | Scores:
         """One call over the given rows; charges rows and seconds to their owners."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from steering.engine import Engine, Task
 from steering.errors import RewardError, SteeringError
+from steering.loading import describe
 from steering.method import as_float64, method_options
 from steering.model import Model
 from steering.recipe import Recipe, describe_value
@@ -127,14 +129,18 @@ class Finisher:
             preview=task.outcome is None and not task.best.final,
         )
 
+    @functools.cached_property
+    def _described(self) -> dict[str, Any]:
+        pipe = getattr(self.model, "pipe", None)
+        if pipe is not None:
+            return describe(pipe)
+        return {"source": None, "class": type(self.model).__name__}
+
     def _recipe(self, task: Task) -> Recipe:
-        describe = getattr(self.model, "describe", None)
-        model = describe() if describe else {"source": None, "class": type(self.model).__name__}
-        call = getattr(self.model, "call_kwargs", None) or self.call
-        skip = ("prompt",)
+        call = getattr(self.model, "call_kwargs", self.call)
         return Recipe(
-            model=model,
-            call={k: describe_value(v) for k, v in call.items() if k not in skip},
+            model=self._described,
+            call={k: describe_value(v) for k, v in call.items() if k != "prompt"},
             prompts=[t.prompt for t in self.tasks],
             seeds=[t.seed for t in self.tasks],
             prompt=task.index,
@@ -147,6 +153,7 @@ class Finisher:
                 "max_batch": self.engine.max_batch,
                 "limits": {k.__name__: v for k, v in self.engine.limits.items()},
                 "threads": torch.get_num_threads(),
+                "stopped": task.outcome is None,
             },
         )
 

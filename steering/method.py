@@ -123,11 +123,11 @@ class Context:
     ) -> Tensor:
         """One transition from t to u; noise is named by step and slot, never by ancestor.
 
-        A model that knows its own reverse law (``propose``) makes the move itself.
+        A model whose own ``transition`` can ``propose`` makes the move itself.
         """
         slots = len(x) if slots is None else slots
         key = self.key(stream, step)
-        propose = getattr(self.model, "propose", None)
+        propose = getattr(getattr(self.model, "transition", None), "propose", None)
         if propose is not None:
             z = key.normal(slots, x.shape[1:]).to(x.device)
             uniform = key.at(stream=f"{stream}/choice").uniform(slots)

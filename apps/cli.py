@@ -1,0 +1,224 @@
+"""The `steer` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from steering.errors import SteeringError, TaskErrors
+
+app = typer.Typer(
+    help="Steer diffusion and flow models at inference time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Prompt = Annotated[str, typer.Argument(help="What the picture should show.")]
+ModelOption = Annotated[str, typer.Option("--model", help="'stickers', a folder, or a hub id.")]
+RewardOption = Annotated[
+    str, typer.Option("--reward", help="Guiding reward: a name or 'clip + 0.5*brightness'.")
+]
+Heldout = Annotated[
+    list[str] | None,
+    typer.Option("--heldout", help="Verifier the search never sees; may be given several times."),
+]
+Nfe = Annotated[int, typer.Option("--nfe", help="Network rows to spend; guidance counts 2.")]
+Seed = Annotated[int, typer.Option("--seed", help="Names all random numbers of the run.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for pictures and result.json.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of output.")
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: an option of the method, or of the pipeline call."),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Particles = Annotated[
+    int | None, typer.Option("--n-particles", help="Population size; the budget decides if left.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.")
+    ] = False,
+) -> None:
+    if version:
+        import steering
+
+        typer.echo(steering.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    model: ModelOption = "stickers",
+    method: Annotated[str, typer.Option("--method", help="See `steer methods`.")] = "fk",
+    reward: RewardOption = "clip",
+    heldout: Heldout = None,
+    nfe: Nfe = 800,
+    n_particles: Particles = None,
+    settings: Setting = None,
+    seed: Seed = 0,
+    out: Out = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a picture of PROMPT that the reward likes."""
+    from steering.apps.jobs import Job, report
+
+    job = Job(model=model, dtype=dtype, device=device, reward=reward, heldout=heldout or [])
+    folder = out or Path("out/steer")
+    options, call = job.split(method, settings or [], n_particles)
+    result = job.steer(prompt, method, nfe=nfe, seed=seed, out=folder, options=options, call=call)
+    report(console, result, method)
+    if as_json:
+        files = sorted(str(f) for f in folder.glob("*.png"))[: len(result)]
+        data = {
+            "best_reward": result.best_reward,
+            "heldout": {k: v.tolist() for k, v in result.heldout.items()},
+            "ledger": result.ledger.to_json(),
+            "files": files,
+            "recipe": result.recipe.to_json(),
+        }
+        typer.echo(json.dumps(data))
+
+
+@app.command()
+def compare(
+    prompt: Prompt,
+    model: ModelOption = "stickers",
+    methods: Annotated[str, typer.Option("--methods", help="Comma-separated.")] = "best_of_n,fk",
+    reward: RewardOption = "clip",
+    heldout: Heldout = None,
+    nfe: Nfe = 800,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for compare.png.")] = Path("out"),
+    settings: Setting = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Unsteered beside several methods at equal network calls, in one picture."""
+    from steering.apps.comparison import compare_methods, draw, tabulate
+    from steering.apps.jobs import Job
+
+    job = Job(model=model, dtype=dtype, device=device, reward=reward, heldout=heldout or [])
+    names = [m.strip() for m in methods.split(",") if m.strip()]
+    entries = compare_methods(job, prompt, names, nfe, seed, out, settings or [])
+    picture = draw(entries, prompt, out / "compare.png")
+    console.print(tabulate(entries, prompt))
+    console.print(f"Picture: {picture}")
+    if as_json:
+        rows = [entry.to_json() for entry in entries]
+        typer.echo(json.dumps({"prompt": prompt, "picture": str(picture), "rows": rows}))
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A PNG written by steer.")],
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the picture in FILE again from the recipe inside it and compare the pixels."""
+    from steering.repeat import replay as run
+
+    found = run(file, out=out)
+    words = "identical" if found.identical else f"different (by up to {found.difference} of 255)"
+    console.print(f"{file}: {words}; reward {found.result.rewards[found.image]:.4f}")
+    for name, (old, new) in found.changed.items():
+        console.print(f"  {name}: made with {old}, here {new}")
+    if as_json:
+        data = {"identical": found.identical, "difference": found.difference}
+        typer.echo(json.dumps({**data, "changed": found.changed}))
+    if not found.identical:
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the steering methods, what they target and what they need."""
+    from steering.apps.listing import method_rows
+
+    rows = method_rows()
+    _show("Methods", rows, ("name", "target", "needs", "summary", "paper"), as_json)
+
+
+@app.command()
+def rewards(as_json: AsJson = False) -> None:
+    """List the rewards."""
+    from steering.apps.listing import reward_rows
+
+    rows = reward_rows()
+    _show("Rewards", rows, ("name", "differentiable", "licence", "summary"), as_json)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="'stickers', a folder, or a hub id.")],
+    prompt: Annotated[str, typer.Option("--prompt")] = "a photo of a red apple",
+    settings: Setting = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a pipeline can be driven: it must reproduce its own pipe(...) exactly."""
+    from steering.apps.jobs import parse_settings
+    from steering.loading import call_defaults, load
+    from steering.pipelines.check import check as run
+
+    pipe = load(model, dtype=dtype, device=device)
+    report = run(pipe, prompt=prompt, **{**call_defaults(model), **parse_settings(settings or [])})
+    console.print(str(report))
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*[str(row[c]) for c in columns])
+    Console().print(table)
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """Runs a command; every error the library raises on purpose becomes one line and exit 2."""
+    try:
+        run()
+    except TaskErrors as error:
+        console.print(f"[red]Error:[/red] {error}", soft_wrap=True)
+        return 2
+    except SteeringError as error:
+        console.print("[red]Error:[/red]", end=" ")
+        console.print(str(error), markup=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `steer` command."""
+    sys.exit(guarded(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the commands share: opening models once, splitting settings, progress and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from steering.api import steer
+from steering.engine import Task
+from steering.errors import OptionError
+from steering.loading import call_defaults, load
+from steering.registry import METHODS
+from steering.requests import Progress
+from steering.result import Result
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A model and what is judged, kept open over several runs."""
+
+    model: str
+    reward: Any
+    heldout: list[str] = field(default_factory=list)
+    dtype: str = "auto"
+    device: str | None = None
+
+    @functools.cached_property
+    def pipe(self) -> Any:  # noqa: ANN401
+        """The pipeline, opened on first use."""
+        pipe = load(self.model, dtype=self.dtype, device=self.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def split(
+        self, method: str, settings: list[str], n_particles: int | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(options of the method, arguments of the pipeline call) from key=value settings."""
+        known = {f.name for f in dataclasses.fields(METHODS.get(method.partition("/")[0]))}
+        values = parse_settings(settings)
+        options = {k: v for k, v in values.items() if k in known}
+        call = {**call_defaults(self.model), **{k: v for k, v in values.items() if k not in known}}
+        if n_particles is not None:
+            size = "n_particles" if "n_particles" in known else "n"
+            options[size] = n_particles
+        return options, call
+
+    def steer(
+        self,
+        prompt: str,
+        method: str,
+        *,
+        nfe: int | None,
+        seed: int,
+        out: Path | None,
+        options: dict[str, Any],
+        call: dict[str, Any],
+    ) -> Result:
+        """One run with a progress bar in network rows."""
+        from steering.api import check_prompts
+
+        check_prompts(prompt)
+        with tqdm(total=nfe, unit="nfe", desc=method, leave=False, disable=None) as bar:
+
+            def listener(task: Task, progress: Progress) -> None:
+                bar.update(task.ledger.nfe - bar.n)
+
+            return steer(
+                self.pipe,
+                prompt,
+                reward=self.reward,
+                method=method,
+                nfe=nfe,
+                seed=seed,
+                heldout=self.heldout or None,
+                out=out,
+                options=options,
+                listener=listener,
+                **call,
+            )
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """key=value pairs; values are read as JSON where they are JSON, as text otherwise.
+
+    Raises:
+        OptionError: no key or no '='.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise OptionError(f"--set {setting!r}: write key=value.")
+        try:
+            values[key.strip()] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key.strip()] = text
+    return values
+
+
+def report(console: Console, result: Result, method: str) -> None:
+    """A few lines about a finished run."""
+    spent = result.ledger
+    console.print(
+        f"{method}: best reward {result.best_reward:.4f} of {len(result)} "
+        f"({spent.nfe} nfe, {spent.reward_calls} reward calls, {spent.seconds:.1f} s)"
+    )
+    for name, values in result.heldout.items():
+        console.print(f"  held-out {name}: {float(values[0]):.4f}")

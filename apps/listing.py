@@ -1,0 +1,53 @@
+"""The tables of `steer methods` and `steer rewards`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from steering.method import _plain
+from steering.registry import METHODS, REWARDS
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """One row per method: its facts and options."""
+    rows = []
+    for name in METHODS.names():
+        cls = METHODS.get(name)
+        needs = [
+            word
+            for word, flag in (("gradient", cls.needs_gradient), ("noise", cls.needs_stochastic))
+            if flag
+        ]
+        options = {f.name: _plain(f.default) for f in dataclasses.fields(cls)}
+        rows.append(
+            {
+                "name": name,
+                "target": cls.target,
+                "needs": ", ".join(needs) or "-",
+                "summary": cls.summary,
+                "paper": cls.paper,
+                "anytime": cls.anytime,
+                "options": options,
+                "presets": {
+                    k: {a: _plain(b) for a, b in v.items()} for k, v in cls.presets.items()
+                },
+            }
+        )
+    return rows
+
+
+def reward_rows() -> list[dict[str, Any]]:
+    """One row per reward."""
+    rows = []
+    for name in REWARDS.names():
+        entry = REWARDS.get(name)
+        rows.append(
+            {
+                "name": name,
+                "differentiable": bool(getattr(entry, "differentiable", False)),
+                "licence": getattr(entry, "licence", "-") or "-",
+                "summary": getattr(entry, "describe", "") or "",
+            }
+        )
+    return rows

@@ -1,0 +1,142 @@
+"""Opens a pipeline by name, folder or hub id, and says where a pipeline came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steering.errors import OptionError, WeightsError
+from steering.recipe import describe_value, fingerprint
+
+EMBEDDED = "stickers"
+"""The name of the model that ships with the package."""
+
+_CALL_DEFAULTS: dict[str, dict[str, Any]] = {
+    EMBEDDED: {"num_inference_steps": 20, "guidance_scale": 4.0}
+}
+
+
+def load(
+    source: str | os.PathLike[str] = EMBEDDED,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+) -> Any:  # noqa: ANN401
+    """A diffusers pipeline, ready to be steered.
+
+    Args:
+        source: "stickers" (embedded), a folder with a model_index.json, or a hub id.
+        dtype: "auto" is bfloat16 where the hardware multiplies it fast, float32 elsewhere.
+        device: "cuda" where there is one, by default.
+
+    Raises:
+        WeightsError: not found, not readable, or no network for a hub id.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = as_dtype(dtype, device)
+    if str(source) == EMBEDDED:
+        from steering.stickers.load import load_pipeline
+
+        return load_pipeline(wanted).to(device)
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise WeightsError(
+            f"{folder} is no diffusers pipeline: it has no model_index.json. Name the folder "
+            "that pipe.save_pretrained() wrote."
+        )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(source), torch_dtype=wanted, local_files_only=folder.exists()
+        )
+    except Exception as error:
+        raise WeightsError(
+            f"Model {str(source)!r} could not be opened: {error}. Give {EMBEDDED!r}, a local "
+            "folder, or a hub id that is cached or can be downloaded."
+        ) from error
+    return pipe.to(device)
+
+
+def call_defaults(source: str) -> dict[str, Any]:
+    """Call arguments that suit a model better than its pipeline class's own defaults."""
+    return dict(_CALL_DEFAULTS.get(source, {}))
+
+
+def as_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    """A dtype from its name; "auto" looks at the hardware.
+
+    Raises:
+        OptionError: not a floating point dtype's name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    found = getattr(torch, names.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, bfloat16, float16, float32.")
+    return found
+
+
+def _fast_bfloat16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return bool(
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def source_of(pipe: object) -> str | None:
+    """The name, folder or hub id a pipeline was loaded from, None where it was built in memory."""
+    name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    if not name:
+        return None
+    from steering.stickers.load import WEIGHTS
+
+    folder = Path(name)
+    if folder.exists() and folder.resolve() == (WEIGHTS / "pipeline").resolve():
+        return EMBEDDED
+    return str(name)
+
+
+def describe(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What a recipe must know about a pipeline to find it again and to know it is the same."""
+    network = next(
+        (getattr(pipe, n) for n in ("transformer", "unet") if getattr(pipe, n, None) is not None),
+        None,
+    )
+    scheduler = getattr(pipe, "scheduler", None)
+    return {
+        "source": source_of(pipe),
+        "class": type(pipe).__name__,
+        "dtype": str(getattr(network, "dtype", None)).removeprefix("torch."),
+        "device": str(getattr(pipe, "device", "cpu")),
+        "scheduler": None if scheduler is None else _scheduler(scheduler),
+        "fingerprint": None if network is None else fingerprint(network),
+    }
+
+
+def _scheduler(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401
+    config = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
+    return {
+        "class": type(scheduler).__name__,
+        "config": {k: describe_value(v) for k, v in sorted(config.items())},
+    }
+
+
+def with_scheduler(pipe: Any, described: dict[str, Any] | None) -> Any:  # noqa: ANN401
+    """The pipeline with the scheduler a recipe names."""
+    if described is None or _scheduler(pipe.scheduler) == described:
+        return pipe
+    import diffusers
+
+    cls = getattr(diffusers, described["class"], None)
+    if not isinstance(cls, type) or not hasattr(cls, "from_config"):
+        raise OptionError(f"The recipe's scheduler {described['class']!r} is unknown here.")
+    pipe.scheduler = cls.from_config(described["config"])
+    return pipe

@@ -1,0 +1,152 @@
+"""Runs a recipe again and compares the picture bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from steering.api import steer
+from steering.errors import RecipeError
+from steering.ledger import Budget
+from steering.loading import describe, load, with_scheduler
+from steering.method import build_method
+from steering.recipe import Recipe, package_versions, read
+from steering.result import Result
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Replay:
+    """A repeated run beside the picture it was to repeat.
+
+    Attributes:
+        result: of the repeated prompt.
+        image: index of the picture in ``result.images``.
+        identical: whether every pixel is equal.
+        difference: largest difference of any 8-bit value.
+        changed: packages whose version is not the recipe's.
+    """
+
+    result: Result
+    image: int
+    identical: bool
+    difference: int
+    changed: dict[str, tuple[str | None, str | None]]
+
+
+def replay(
+    path: str | os.PathLike[str],
+    *,
+    pipe: Any = None,  # noqa: ANN401
+    reward: object = None,
+    out: str | os.PathLike[str] | None = None,
+    **call_kwargs: Any,  # noqa: ANN401
+) -> Replay:
+    """Makes the picture of a PNG again from the recipe inside it.
+
+    Args:
+        path: a PNG written by ``Result.save``.
+        pipe: the pipeline, where the recipe cannot name one; its weights must match.
+        reward: the reward, where the recipe's was a plain callable.
+        out: folder for the repeated pictures.
+        **call_kwargs: call arguments the recipe could not store (images, tensors).
+
+    Raises:
+        RecipeError: no or a damaged recipe, a stopped run, or something it cannot rebuild.
+    """
+    recipe = read(path)
+    if recipe.engine.get("stopped"):
+        raise RecipeError(f"{path}: made by a run that was stopped; such a run has no repeat.")
+    call = _call(recipe, call_kwargs)
+    pipe = _pipe(recipe, pipe)
+    method = build_method(recipe.method["name"], recipe.method["options"])
+    guide = reward if reward is not None else recipe.reward
+    if guide is None:
+        raise RecipeError(f"{path}: the reward was a plain callable. Pass it as reward=.")
+    prompts = recipe.prompts
+    with _threads(recipe.engine.get("threads")):
+        results = steer(
+            pipe,
+            prompts,  # type: ignore[arg-type]
+            reward=guide,
+            method=method,
+            budget=Budget(**recipe.budget),
+            seed=recipe.seeds,
+            heldout=[spec for spec in recipe.heldout if spec is not None] or None,
+            max_batch=recipe.engine.get("max_batch"),
+            **call,
+        )
+    return _compare(path, recipe, results[recipe.prompt], out)
+
+
+def _call(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
+    call = {**recipe.call, **given}
+    lost = [k for k, v in call.items() if isinstance(v, dict) and "$unavailable" in v]
+    if lost:
+        raise RecipeError(
+            f"The recipe could not store {', '.join(lost)}. Pass them again as keyword arguments."
+        )
+    return call
+
+
+def _pipe(recipe: Recipe, pipe: Any) -> Any:  # noqa: ANN401
+    """The recipe's pipeline, proven to hold the same weights."""
+    if pipe is None:
+        source = recipe.model.get("source")
+        if source is None:
+            raise RecipeError(
+                f"The recipe's {recipe.model.get('class')} was built in memory. Pass it as pipe=."
+            )
+        pipe = load(source, dtype=recipe.model["dtype"], device=recipe.model["device"])
+        pipe = with_scheduler(pipe, recipe.model.get("scheduler"))
+    found = describe(pipe)
+    if found["fingerprint"] != recipe.model.get("fingerprint"):
+        raise RecipeError(
+            f"The weights of this {found['class']} are not those of the recipe (fingerprint "
+            f"{found['fingerprint']}, recipe {recipe.model.get('fingerprint')}), so the picture "
+            "cannot be repeated with them."
+        )
+    return pipe
+
+
+@contextlib.contextmanager
+def _threads(wanted: object) -> Iterator[None]:
+    """The recipe's number of CPU threads: sums are split by it, which shows in the last bits."""
+    before = torch.get_num_threads()
+    try:
+        if isinstance(wanted, int) and wanted > 0:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare(path: Any, recipe: Recipe, result: Result, out: Any) -> Replay:  # noqa: ANN401
+    if recipe.image >= len(result):
+        raise RecipeError(
+            f"{path}: picture {recipe.image} of {len(result)}; the recipe is damaged."
+        )
+    new = np.asarray(result._pictures()[recipe.image].convert("RGB"), dtype=np.int16)
+    with Image.open(path) as image:
+        old = np.asarray(image.convert("RGB"), dtype=np.int16)
+    same_size = old.shape == new.shape
+    difference = int(np.abs(old - new).max()) if same_size else 255
+    if out is not None:
+        result.save(out)
+    here = package_versions()
+    names = {*here, *recipe.versions}
+    changed = {n: (recipe.versions.get(n), here.get(n)) for n in sorted(names)}
+    changed = {n: pair for n, pair in changed.items() if pair[0] != pair[1]}
+    return Replay(
+        result=result,
+        image=recipe.image,
+        identical=same_size and difference == 0,
+        difference=difference,
+        changed=changed,
+    )
