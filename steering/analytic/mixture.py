@@ -116,7 +116,8 @@ class GaussianMixture:
             self.means = self.means[:, None]
         _check(self.weights, self.means, self.stds, kernel)
         self.weights = self.weights / self.weights.sum()
-        self.path, self.prompts, self.kernel = path, prompts, kernel
+        self.kernel: Literal["path", "exact"] = kernel
+        self.path, self.prompts = path, prompts
         self.event_shape = (self.means.shape[1],)
         self.rows = 0
         self._grid = on_path(path, uniform(steps)) if grid is None else grid
@@ -211,6 +212,20 @@ class GaussianMixture:
             raise OptionError(f"cdf needs one dimension, this mixture has {self.event_shape[0]}.")
         z = (x.double()[..., None] - self.means[:, 0]) / self.stds
         return torch.special.ndtr(z) @ self.weights
+
+    def deviation(self, x: Tensor, weights: Tensor | None = None) -> float:
+        """How far samples [n] or [n, 1] in one dimension are from this law, in standard errors.
+
+        Neyman's smooth test (1937): with u = cdf(x), each sqrt(2) cos(pi k u), k = 1 .. 8, has
+        mean 0 and variance 1 exactly when x follows the law. Returns the largest |mean| over its
+        standard error; for weighted samples [n] the error counts the weights as fixed.
+        """
+        u = self.cdf(x.flatten())
+        share = torch.ones_like(u) if weights is None else weights.double()
+        share = share / share.sum()
+        waves = torch.cos(math.pi * torch.arange(1, 9, dtype=torch.float64) * u[:, None])
+        means = math.sqrt(2.0) * (share @ waves)
+        return float((means / share.norm()).abs().max())
 
     def expected_max(self, n: int) -> float:
         """E[largest of n draws] in one dimension: integral of 1 - F^n above the lowest value.

@@ -6,13 +6,15 @@ Each is a plain callable, samples [n, D] -> rewards [n], so it can steer any mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from steering.errors import OptionError
+
+
+_Numbers = Tensor | Sequence[float] | float
 
 
 class Tilt(Protocol):
@@ -30,15 +32,11 @@ class Tilt(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
 class LinearReward:
     """r(x) = b . x + c. Tilting moves each Gaussian by scale * variance * b."""
 
-    b: Tensor | Sequence[float] | float
-    c: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "b", _vector(self.b))
+    def __init__(self, b: _Numbers, c: float = 0.0) -> None:
+        self.b, self.c = _vector(b), c
 
     def __call__(self, x: Tensor) -> Tensor:
         return x.double() @ self.b + self.c
@@ -52,15 +50,11 @@ class LinearReward:
         return mass, means + variances[..., None] * b, variances
 
 
-@dataclass(frozen=True, eq=False)
 class QuadraticReward:
     """r(x) = -precision/2 |x - center|^2: tilting is a Gaussian observation of x at ``center``."""
 
-    center: Tensor | Sequence[float] | float
-    precision: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "center", _vector(self.center))
+    def __init__(self, center: _Numbers, precision: float = 1.0) -> None:
+        self.center, self.precision = _vector(center), precision
 
     def __call__(self, x: Tensor) -> Tensor:
         return -0.5 * self.precision * (x.double() - self.center).square().sum(-1)
@@ -86,17 +80,14 @@ class QuadraticReward:
         return mass, moved, variances / shrink
 
 
-@dataclass(frozen=True, eq=False)
 class TableReward:
     """One number per state of a finite chain, r[S].
 
     States [n, 1] (integers) are looked up; probabilities [n, S] (floats) give the expected reward.
     """
 
-    table: Tensor | Sequence[float]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "table", _vector(self.table))
+    def __init__(self, table: _Numbers) -> None:
+        self.table = _vector(table)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype.is_floating_point and x.shape[-1] == len(self.table) > 1:
@@ -104,5 +95,5 @@ class TableReward:
         return self.table[x.long().flatten()]
 
 
-def _vector(value: Tensor | Sequence[float] | float) -> Tensor:
+def _vector(value: _Numbers) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1)
