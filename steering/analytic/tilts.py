@@ -13,7 +13,6 @@ from torch import Tensor
 
 from steering.errors import OptionError
 
-
 _Numbers = Tensor | Sequence[float] | float
 
 
