@@ -1,0 +1,53 @@
+"""Seconds spent inside networks, decoders and rewards, read by hooks on the modules themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+
+class ModuleClock:
+    """Adds up the time between entering and leaving some modules (outermost call only)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.depth = 0
+        self.since = 0.0
+
+    def enter(self, *_: object) -> None:
+        if self.depth == 0:
+            self.since = time.perf_counter()
+        self.depth += 1
+
+    def leave(self, *_: object) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.seconds += time.perf_counter() - self.since
+
+
+@contextlib.contextmanager
+def clocked(pipe: object) -> Iterator[ModuleClock]:
+    """A clock over every network of a pipeline: denoiser, text encoders, decoder."""
+    clock, handles = ModuleClock(), []
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    for module in modules:
+        targets = [module]
+        # a VAE is used through decode(), which runs its decoder module
+        targets += [m for n, m in module.named_children() if n in ("decoder", "post_quant_conv")]
+        for target in targets:
+            handles.append(target.register_forward_pre_hook(clock.enter))
+            handles.append(target.register_forward_hook(clock.leave))
+    try:
+        yield clock
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

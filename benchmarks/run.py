@@ -1,0 +1,40 @@
+"""All benchmarks: one script a claim, each side by side in one process, JSON beside the table.
+
+python -m benchmarks.run [share] [throughput] [methods] [--out DIR] [--prompts N] [--nfe N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks import methods, share, throughput
+
+CLAIMS = {"share": share.run, "throughput": throughput.run, "methods": methods.run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help="all by default")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--nfe", type=int, default=320)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    for name in given.claims or CLAIMS:
+        found = {"claim": name, "machine": machine, "torch": torch.__version__}
+        found |= CLAIMS[name](prompts=given.prompts, nfe=given.nfe)
+        (given.out / f"{name}.json").write_text(json.dumps(found, indent=1))
+        print(f"\n{found.pop('table')}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

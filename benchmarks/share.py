@@ -1,0 +1,36 @@
+"""Claim: what steering adds around its own network, decoder and reward calls is small (<= 3 %)."""
+
+from __future__ import annotations
+
+import time
+
+import steering
+from benchmarks.meters import clocked, spread
+from steering.stickers.prompts import prompts as sticker_prompts
+
+REPEATS = 5
+
+
+def run(*, prompts: int, nfe: int) -> dict:
+    del prompts
+    pipe = steering.load("stickers")
+    (text,) = sticker_prompts("heldout", n=1, seed=1)
+    rows = {}
+    for method in ("best_of_n", "fk"):
+        shares, walls = [], []
+        for repeat in range(REPEATS + 1):
+            with clocked(pipe) as clock:
+                started = time.perf_counter()
+                result = steering.steer(
+                    pipe, text, reward="clip", method=method, nfe=nfe, seed=repeat,
+                    num_inference_steps=20, guidance_scale=4.0,
+                )  # fmt: skip
+                wall = time.perf_counter() - started
+            paid = clock.seconds + result.ledger.spent["reward"]
+            if repeat:  # the first run also opens the reward's weights
+                shares.append(1.0 - paid / wall)
+                walls.append(wall)
+        rows[method] = {"own_share": spread(shares), "seconds": spread(walls)}
+    lines = [f"{m}: {100 * r['own_share']['median']:.2f} % of {r['seconds']['median']:.2f} s is ours"
+             for m, r in rows.items()]  # fmt: skip
+    return {"nfe": nfe, "rows": rows, "table": "Own share (bar: 3 %)\n" + "\n".join(lines)}
