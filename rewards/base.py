@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -106,6 +107,8 @@ def register(name: str) -> Callable[[T], T]:
         REWARDS.register(name)(thing)
         if isinstance(thing, type) and issubclass(thing, Reward):
             thing.name, thing._registered = name, True
+        elif inspect.isfunction(thing):
+            thing.reward_name = name  # type: ignore[attr-defined]
         return thing
 
     return add

@@ -1,7 +1,8 @@
 """Spec strings: ``clip + 0.5*brightness``, ``-jpeg/2``, ``clip(model=ViT-B-32, scale=100)``.
 
     expression = term {("+" | "-") term}         names, numbers and parentheses; rewards are
-    term       = {"-"} atom {("*" | "/") atom}   multiplied and divided by numbers only
+    term       = factor {("*" | "/") factor}     multiplied and divided by numbers only
+    factor     = {"+" | "-"} atom
     atom       = number | "(" expression ")" | name ["(" key "=" value {"," key "=" value} ")"]
 
 A value is a quoted string or a bare word, which may hold anything but spaces at its ends, commas
@@ -58,7 +59,7 @@ def as_reward(obj: object, *, allow_python: bool = True) -> Reward:
     if isinstance(obj, Reward):
         return obj
     if callable(obj):
-        return FunctionReward(obj, spec=_registered_name(obj))
+        return FunctionReward(obj, spec=getattr(obj, "reward_name", None))
     raise OptionError(
         f"{type(obj).__name__} is not a reward. Give a name ({', '.join(REWARDS.names())}), a "
         "spec such as 'clip + 0.5*brightness', a Reward, or a function fn(images, prompts) that "
@@ -99,18 +100,22 @@ class _Parser:
         return total
 
     def term(self) -> Any:  # noqa: ANN401
-        sign = 1.0
-        while found := self.take("+-"):
-            sign = -sign if found == "-" else sign
-        value = self.atom()
+        value = self.factor()
         while operator := self.take("*/"):
-            start, more = self.at, self.atom()
+            start, more = self.at, self.factor()
             if not isinstance(more, float) and (operator == "/" or not isinstance(value, float)):
                 raise self.error("rewards are multiplied and divided by numbers only", at=start)
             if operator == "/" and more == 0:
                 raise self.error("division by zero", at=start)
             value = value * more if operator == "*" else value / more
-        return value if sign > 0 else -value
+        return value
+
+    def factor(self) -> Any:  # noqa: ANN401
+        minus = False
+        while sign := self.take("+-"):
+            minus ^= sign == "-"
+        value = self.atom()
+        return -value if minus else value
 
     def atom(self) -> Any:  # noqa: ANN401
         self.peek()
@@ -131,18 +136,17 @@ class _Parser:
     def reward(self, name: str) -> Reward:
         start = self.at
         self.at += len(name)
-        options = self.options() if self.take("(") else {}
-        if name.startswith(_PYTHON):
-            if not self.allow_python:
-                raise self.error(
-                    f"{name!r} would run code. If you trust it, give the reward yourself", at=start
-                )
-            return _build(name, _import(name), options)
-        try:
-            entry = REWARDS.get(name)
-        except OptionError as error:
-            raise self.error(str(error).rstrip("."), at=start) from None
-        return _build(name, entry, options)
+        if not name.startswith(_PYTHON):
+            try:
+                entry = REWARDS.get(name)
+            except OptionError as error:
+                raise self.error(str(error).rstrip("."), at=start) from None
+        elif self.allow_python:
+            entry = _import(name)
+        else:
+            what = f"{name!r} would run code. If you trust it, give the reward yourself"
+            raise self.error(what, at=start)
+        return _build(name, entry, self.options() if self.take("(") else {})
 
     def options(self) -> dict[str, tuple[str, bool]]:
         """key -> (text, was quoted), up to and with the closing parenthesis."""
@@ -264,11 +268,6 @@ def _value_text(value: Any) -> str:  # noqa: ANN401
         plain = _SAFE.fullmatch(value) and isinstance(_guess(value), str)
         return value if plain else repr(value)
     return repr(value)
-
-
-def _registered_name(fn: Callable[..., Any]) -> str | None:
-    name = getattr(fn, "__name__", "")
-    return name if name in REWARDS.names() and REWARDS.get(name) is fn else None
 
 
 def _import(path: str) -> Callable[..., Any]:
