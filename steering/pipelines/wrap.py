@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError
+from steering.errors import OptionError, PipelineError
 from steering.grids import Grid
 from steering.noise import NoiseKey
 from steering.paths import Path, Prediction, Time, Times
 from steering.pipelines.frame import Frame
+from steering.pipelines.idioms import require_drivable
 from steering.pipelines.meter import Meter, denoisers
+from steering.pipelines.plan import Plan, make_plan, mixing_agrees, probe_costs
 from steering.pipelines.prompts import Arguments
 from steering.pipelines.script import Script
 
@@ -66,9 +68,10 @@ class WrappedPipeline:
         self.pipe = pipe
         self.max_batch = max_batch
         self.call_kwargs = call_kwargs
+        suspicious = require_drivable(pipe)
         arguments = Arguments(pipe, call_kwargs)
         self.name = name or type(pipe).__name__
-        networks = denoisers(pipe)
+        networks = self._networks = denoisers(pipe)
         self._script = Script(pipe, arguments, self.name)
         self._meter = Meter(networks)
         schedule = self.schedule = self._script.schedule
@@ -80,8 +83,10 @@ class WrappedPipeline:
         self.device = self._script.device
         self.dtype: torch.dtype = next(iter(networks.values())).dtype
         self._mixed = mixed_times
-        self._costs: tuple[int, ...] | None = None
+        self._found_plan: Plan | None = None
         self._wide_noise: bool | None = None
+        if suspicious:
+            self._plan()
 
     @property
     def guidance(self) -> float | None:
@@ -95,7 +100,14 @@ class WrappedPipeline:
     @property
     def mixed_times(self) -> bool:
         """Whether rows at different times share calls; "auto" runs its self-test on first use."""
-        return bool(self._mixed) if self._mixed != "auto" else False
+        if self._mixed == "auto":
+            with self._meter.on():
+                self._mixed = (
+                    len(self._networks) == 1  # experts part at a time we cannot see
+                    and self._plan().uniform
+                    and mixing_agrees(self._script)
+                )
+        return self._mixed
 
     @property
     def rows(self) -> int:
@@ -107,8 +119,23 @@ class WrappedPipeline:
         return self.schedule.grid
 
     def costs(self) -> tuple[int, ...]:
-        """Network rows per sample at each step of ``grid()``."""
-        return (2,) * len(self.grid())
+        """Network rows per sample at each step of ``grid()``.
+
+        Found once, by a run with stand-ins for the networks: one real row per network call.
+        """
+        return self._plan().costs
+
+    def _plan(self) -> Plan:
+        if self._found_plan is None:
+            with self._meter.on():
+                try:
+                    self._found_plan = make_plan(self._script)
+                except PipelineError:
+                    raise
+                except Exception as why:  # a pipeline that looks into its network's output
+                    costs = probe_costs(self._script, lambda: self._meter.rows)
+                    self._found_plan = Plan(costs, False, f"no dry run: {why!r}")
+        return self._found_plan
 
     def noise(self, n: int, key: NoiseKey, *, cond: int = 0) -> Tensor:
         """The pipeline's own starting states for slots key.slot ..., float32 [n, *event_shape].

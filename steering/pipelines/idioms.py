@@ -1,0 +1,122 @@
+"""What a pipeline's source must look like to be driven, checked before any work is spent."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import Any
+
+from torch import nn
+
+from steering.errors import PipelineError
+from steering.pipelines.meter import denoisers
+from steering.pipelines.schedule import family_of
+
+_CACHES = re.compile(r"cache|fbc|broadcast|taylor", re.IGNORECASE)
+
+
+def require_drivable(pipe: Any) -> bool:  # noqa: ANN401
+    """Checks the idioms control inversion relies on.
+
+    Returns:
+        Whether the loop may alter the state after scheduler.step, which a dry run must settle.
+
+    Raises:
+        PipelineError: the idiom that is missing, or the feature that is unsafe.
+    """
+    name = type(pipe).__name__
+    for part in ("scheduler", "prepare_latents", "components"):
+        if getattr(pipe, part, None) is None:
+            raise PipelineError(
+                f"{name} has no `{part}`, which a wrapped pipeline needs. "
+                "Text-to-image and text-to-video pipelines of diffusers have it."
+            )
+    for part in ("set_timesteps", "step", "config"):
+        if not hasattr(pipe.scheduler, part):
+            raise PipelineError(f"{name}: its scheduler has no `{part}`.")
+    family_of(pipe.scheduler)
+    _refuse_caches(name, denoisers(pipe))
+    if getattr(getattr(pipe, "guider", None), "momentum", None):
+        raise PipelineError(
+            f"{name} has a guider with momentum, which remembers earlier calls; set momentum to 0."
+        )
+    return _read_source(pipe, name)
+
+
+def _refuse_caches(name: str, networks: dict[str, nn.Module]) -> None:
+    for label, network in networks.items():
+        hooks = [
+            hook
+            for module in network.modules()
+            if hasattr(module, "_diffusers_hook")
+            for hook in module._diffusers_hook.hooks
+        ]
+        caches = sorted({hook for hook in hooks if _CACHES.search(hook)})
+        if caches or getattr(network, "is_cache_enabled", False):
+            raise PipelineError(
+                f"{name}.{label} has a cache between steps ({', '.join(caches) or 'enabled'}), which "
+                "assumes that times only fall; call `disable_cache()` (or remove the hooks) first."
+            )
+
+
+def _read_source(pipe: Any, name: str) -> bool:  # noqa: ANN401
+    call = inspect.unwrap(type(pipe).__call__)
+    try:
+        source = textwrap.dedent(inspect.getsource(call))
+        tree = ast.parse(source)
+    except (OSError, SyntaxError):  # no source at hand: the first frame decides
+        return False
+    if re.search(r"deepcopy\(\s*self\.scheduler", source):
+        raise PipelineError(
+            f"{name} steps a copy of its scheduler beside the first (joint audio and video); the "
+            "second stream would not follow ours, so it cannot be driven."
+        )
+    loops = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.For) and _enumerates(node) and _steps(node)
+    ]
+    if not loops:
+        raise PipelineError(
+            f"{name}.__call__ has no loop `for i, t in enumerate(timesteps)` with "
+            "`self.scheduler.step` in it, so it cannot be driven from outside."
+        )
+    return any(_alters_after_step(loop) for loop in loops)
+
+
+def _enumerates(loop: ast.For) -> bool:
+    call = loop.iter
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and (
+        call.func.id == "enumerate"
+    )
+
+
+def _steps(node: ast.AST) -> bool:
+    return any(
+        isinstance(child, ast.Attribute)
+        and child.attr == "step"
+        and isinstance(child.value, (ast.Attribute, ast.Name))
+        and "scheduler" in ast.unparse(child.value)
+        for child in ast.walk(node)
+    )
+
+
+def _alters_after_step(loop: ast.For) -> bool:
+    """Whether arithmetic on the latents follows the step (inpainting blends there)."""
+    after = False
+    for statement in ast.walk(loop):
+        if isinstance(statement, ast.Assign) and _steps(statement):
+            after = True
+            targets = {ast.unparse(t) for t in statement.targets}
+            line = statement.lineno
+            for other in ast.walk(loop):
+                if (
+                    isinstance(other, ast.Assign)
+                    and other.lineno > line
+                    and targets & {ast.unparse(t) for t in other.targets}
+                    and isinstance(other.value, ast.BinOp)
+                ):
+                    return True
+    return not after
