@@ -237,6 +237,16 @@ def test_bad_mixtures_are_refused(weights, means, stds, match) -> None:
 
 
 @over_paths
+def test_noise_has_the_law_of_the_first_level(path: Path) -> None:
+    for t in (1.0, 0.6):
+        model = one_d(path, grid=on_path(path, [t, 0.0]))
+        start = model.noise(20_000, NoiseKey(0, "init"))
+        assert model.marginal(path.at(t)).deviation(start) < BOUND
+    pure = one_d().noise(3, NoiseKey(0, "init"))
+    assert torch.equal(pure, NoiseKey(0, "init").normal(3, (1,)).double())
+
+
+@over_paths
 def test_exact_kernel_keeps_the_marginals_in_few_steps(path: Path) -> None:
     model = one_d(path, kernel="exact", grid=on_path(path, [1.0, 0.7, 0.4, 0.15, 0.0]))
     n = 50_000
