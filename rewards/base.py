@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steering.registry import REWARDS
 from steering.rewards.arithmetic import Arithmetic
-from steering.rewards.function import as_scores
+from steering.rewards.function import as_scores, first_line
 from steering.rewards.images import as_tensor, check_prompts
 from steering.scoring import Scores
 
@@ -43,7 +43,7 @@ class Reward(Arithmetic):
         if "name" not in cls.__dict__:
             cls.name = cls.__name__.lower()
         if "describe" not in cls.__dict__:
-            cls.describe = (cls.__doc__ or "").strip().split("\n")[0].rstrip(".")
+            cls.describe = first_line(cls)
 
     @property
     def spec(self) -> str | None:
@@ -97,7 +97,8 @@ class Reward(Arithmetic):
 def register(name: str) -> Callable[[T], T]:
     """Decorator that adds a `Reward` class or a scoring function under a name.
 
-    A function's keyword-only parameters become the options of its spec string.
+    A function's keyword-only parameters become the options of its spec string. Where it has no
+    gradient, say so by an attribute: ``fn.differentiable = False``.
 
     Raises:
         OptionError: the name is taken.
@@ -108,7 +109,8 @@ def register(name: str) -> Callable[[T], T]:
         if isinstance(thing, type) and issubclass(thing, Reward):
             thing.name, thing._registered = name, True
         elif inspect.isfunction(thing):
-            thing.reward_name = name  # type: ignore[attr-defined]
+            facts = {"reward_name": name, "describe": first_line(thing), "differentiable": True}
+            vars(thing).update(facts | vars(thing))
         return thing
 
     return add

@@ -94,7 +94,7 @@ class Clip(Reward):
         from steering.rewards.clip_loading import load
 
         where = str(torch.device(self.device or device))
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # parameters kept for a backward pass later
             return _encoder(load(self.model, self.pretrained, self.precision, where))
 
 
@@ -122,8 +122,7 @@ class Encoder:
         for start in range(0, len(new), 64):
             chunk = new[start : start + 64]
             self._warn_of_truncation(chunk)
-            # Kept features may serve a backward pass later, so no inference tensors.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 found = self.model.encode_text(self.tokenizer(chunk).to(self.device)).float()
             found = torch.nn.functional.normalize(found, dim=-1)
             self._text.update(zip(chunk, found, strict=True))

@@ -34,7 +34,11 @@ class Detector(Reward):
     differentiable: ClassVar[bool] = False
 
     def for_model(self, model: Any) -> Detector:  # noqa: ANN401
-        """This reward with its weights loaded, before any image is made."""
+        """This reward, after a look at the model's prompts and with its weights loaded."""
+        from steering.stickers.grammar import parse
+
+        for prompt in getattr(model, "prompts", ()):
+            parse(*need_text([prompt], self.name))
         _judge(str(getattr(model, "device", "cpu")))
         return self
 

@@ -27,7 +27,8 @@ class FunctionReward(Arithmetic):
         fn: the callable; a ``torch.nn.Module`` is asked by its ``forward``.
         images: "tensor" hands over the batch as it is, "pil" a list of PIL images (for video, a
             list of lists of frames).
-        differentiable: whether gradients may be asked for; by default yes for tensors.
+        differentiable: whether gradients may be asked for; by default the callable's attribute of
+            that name, else yes for tensors.
         name: for reports; the callable's own name by default.
         spec: a string that rebuilds it, where one exists.
         options: keyword arguments for every call.
@@ -49,8 +50,10 @@ class FunctionReward(Arithmetic):
             raise OptionError(f"FunctionReward(images={images!r}): give 'tensor' or 'pil'.")
         self.fn, self.images, self.spec = fn, images, spec
         self.name = name or getattr(fn, "__name__", type(fn).__name__)
-        self.differentiable = images == "tensor" if differentiable is None else differentiable
-        self.describe = (inspect.getdoc(fn) or "a callable of yours").split("\n")[0].rstrip(".")
+        if differentiable is None:
+            differentiable = images == "tensor" and getattr(fn, "differentiable", True)
+        self.differentiable = bool(differentiable)
+        self.describe = first_line(fn) or "A function of yours"
         self.options = dict(options or {})
         self._takes_prompts, self._takes_metadata = _call_style(fn, self.name)
 
@@ -86,6 +89,11 @@ class FunctionReward(Arithmetic):
                 "or declare it with FunctionReward(fn, differentiable=False)."
             )
         return found
+
+
+def first_line(thing: object) -> str:
+    """The first line of a docstring, without its full stop."""
+    return (inspect.getdoc(thing) or "").split("\n")[0].rstrip(".")
 
 
 def _call_style(fn: Callable[..., Any], name: str) -> tuple[bool, bool]:

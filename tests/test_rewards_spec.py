@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +188,15 @@ def test_importing_the_package_loads_no_encoder_library():
         "assert not {'open_clip', 'transformers', 'diffusers', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_examples_of_the_documentation_run():
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    scope = {"__name__": "documented"}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        if "@register" in block:
+            exec(block, scope)
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    value = as_reward("channel(index=2) + sharpness(power=2)")(images, "x").value
+    sharpness = images.diff(dim=-1).pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(value, images[:, 2].mean((1, 2)) + sharpness)
