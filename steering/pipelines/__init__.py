@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from steering.pipelines.check import CheckReport, check
 from steering.pipelines.schedule import SchedulePath
 from steering.pipelines.wrap import WrappedPipeline, wrap
 
-__all__ = ["SchedulePath", "WrappedPipeline", "wrap"]
+__all__ = ["CheckReport", "SchedulePath", "WrappedPipeline", "check", "wrap"]

@@ -110,6 +110,15 @@ class WrappedPipeline:
         return self._mixed
 
     @property
+    def mixing_reason(self) -> str:
+        """Why rows at different times do not share calls; empty where they do."""
+        if self.mixed_times:
+            return ""
+        if len(self._networks) > 1:
+            return f"several networks ({', '.join(self._networks)}) share the schedule"
+        return self._plan().reason or "mixed and separate calls disagree, or mixed calls fail"
+
+    @property
     def rows(self) -> int:
         """Network rows evaluated so far, probes included."""
         return self._meter.rows
@@ -156,15 +165,15 @@ class WrappedPipeline:
 
     def _noise(self, n: int, key: NoiseKey, cond: int) -> Tensor:
         generators = [key.at(slot=key.slot + k).generator() for k in range(n)]
-        frame = Frame(
-            self._script,
-            (cond,) * n,
-            stop="latents",
-            generator=generators if n > 1 else generators[0],
-        )
+        return self.start([cond] * n, generators).float()
+
+    def start(self, conds: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """prepare_latents with a generator per row, which it advances; the pipeline's dtype."""
+        given = list(generators) if len(generators) > 1 else generators[0]
+        frame = Frame(self._script, conds, stop="latents", generator=given)
         frame.run()
         assert frame.latents is not None
-        return frame.latents.float()
+        return frame.latents
 
     def predict(
         self, x: Tensor, t: Times, *, cond: int | Sequence[int] = 0, grad: bool = False
