@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from steering.errors import BudgetError, OptionError, unknown_name
 from steering.grids import SHAPES, Grid, on_path
@@ -70,6 +74,24 @@ class Sampler:
         if self.grid == "own":
             return model.grid()
         return on_path(model.path, SHAPES[self.grid](self.steps or len(model.grid())))
+
+
+def check_scale(name: str, reward_scale: float) -> None:
+    """Raises unless weights exp(reward_scale r) favour high rewards.
+
+    Raises:
+        OptionError: negative, infinite or NaN.
+    """
+    if not 0.0 <= reward_scale < math.inf:
+        raise OptionError(
+            f"{name}: reward_scale must be finite and not negative, got {reward_scale}. Higher "
+            "rewards are better; negate the reward to turn it round."
+        )
+
+
+def tilt(reward: Tensor, reward_scale: float) -> Tensor:
+    """reward_scale * r, [n]; zero at reward_scale 0 even where r is -inf."""
+    return reward_scale * reward if reward_scale else torch.zeros_like(reward)
 
 
 def afford(plan: Plan, cost: Callable[[int], Cost], default: int, what: str) -> int:

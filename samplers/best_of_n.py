@@ -19,7 +19,7 @@ from steering.particles import log_mean_exp, normalise
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
 
 _CHUNK = 16
 """Samples decoded together: pictures that do not win are not kept."""
@@ -53,6 +53,7 @@ class BestOfN(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_scale("best_of_n", self.reward_scale)
         if self.n is not None and self.n < 1:
             raise OptionError(f"best_of_n: n must be at least 1, got {self.n}.")
         if self.k < 1 or (self.n is not None and self.k > self.n):
@@ -111,7 +112,7 @@ class BestOfN(Sampler):
         if self.select in ("argmax", "top_k"):
             chosen = reward.argsort(descending=True, stable=True)[: self.k]
             return chosen, torch.zeros(len(chosen), dtype=torch.float64), None
-        log_w = self.reward_scale * reward
+        log_w = tilt(reward, self.reward_scale)
         if self.select == "all":
             return torch.arange(len(reward)), log_w, log_mean_exp(log_w)
         chosen = multinomial(normalise(log_w), self.k, ctx.key("select"))

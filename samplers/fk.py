@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ from steering.paths import Time
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import scheme
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
 from steering.samplers.fk_authors import run_authors
 
 Potential = Callable[[Tensor], Tensor]
@@ -107,6 +108,7 @@ class FK(Sampler):
         if self.lookahead < 0 or self.n_draws < 1:
             raise OptionError("fk: lookahead must be >= 0 and n_draws >= 1.")
         scheme(self.resampler)
+        check_scale("fk", self.reward_scale)
         self._check_stochastic()
 
     def _check_stochastic(self) -> None:
@@ -176,7 +178,7 @@ class FK(Sampler):
         images = yield Decode(state.x)
         scores = yield Score(images, state.x, final=True)
         reward = as_float64(scores.value)
-        state = state.set_potential(self.reward_scale * reward)
+        state = state.set_potential(tilt(reward, self.reward_scale))
         yield Progress(
             step=len(grid), of=len(grid), info={"rewards": reward, "ess": ess(state.log_w)}
         )
@@ -194,9 +196,11 @@ class FK(Sampler):
         phi = rule(history)
         if phi.shape != history[-1].shape:
             raise OptionError(
-                f"fk: the potential must return one number per particle {tuple(history[-1].shape)}, "
-                f"got {tuple(phi.shape)}."
+                f"fk: the potential must return one number per particle, {len(history[-1])} in "
+                f"all, got shape {tuple(phi.shape)}."
             )
+        if bool((torch.isnan(phi) | torch.isposinf(phi)).any()):
+            raise OptionError(f"fk: the potential returned {phi.tolist()}: NaN or +inf.")
         return phi
 
     def _resample(self, ctx: Context, state: State, history: Tensor, i: int) -> Run:
@@ -220,7 +224,7 @@ class FK(Sampler):
         for x0 in draws:
             images = yield Decode(x0)
             scores = yield Score(images, x0)
-            values.append(self.reward_scale * as_float64(scores.value))
+            values.append(tilt(as_float64(scores.value), self.reward_scale))
             yield Progress(step=i, of=len(ctx.grid), info={}, preview=images)
         rho = torch.stack(values)
         if len(values) == 1:
@@ -244,7 +248,7 @@ class FK(Sampler):
     def _walk(self, ctx: Context, state: State, nodes: list[Time], stream: str) -> Run:
         """One path from x_t to the end over few nodes; the first prediction is already paid."""
         x, prediction, kernel = state.x, state.prediction, self.kernel()
-        for k, (t, u) in enumerate(zip(nodes, nodes[1:], strict=False)):
+        for k, (t, u) in enumerate(pairwise(nodes)):
             if k:
                 prediction = yield Denoise(x, t)
             assert prediction is not None

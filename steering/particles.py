@@ -61,9 +61,14 @@ class State:
         )
 
     def set_potential(self, phi: Tensor) -> State:
-        """Weights for a new cumulative potential [n] (float64)."""
+        """Weights for a new cumulative potential [n] (float64).
+
+        A potential of -inf is final: such a particle keeps weight zero until it is resampled.
+        """
         phi = phi.double().to(self.log_w.device)
-        return replace(self, log_w=self.log_w + phi - self.phi, phi=phi)
+        dead = torch.isneginf(self.phi) | torch.isneginf(phi)
+        log_w = (self.log_w + phi - self.phi).masked_fill(dead, -math.inf)
+        return replace(self, log_w=log_w, phi=phi.masked_fill(dead, -math.inf))
 
 
 def _take(value: Any, index: Tensor) -> Any:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -95,6 +96,11 @@ class Recipe:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide the bits of a picture."""
+    return dict(_versions())
+
+
+@functools.cache  # reading the metadata of torch takes longer than saving a small picture
+def _versions() -> dict[str, str]:
     found = {"steering": steering.__version__}
     for name in _PACKAGES:
         try:

@@ -25,7 +25,7 @@ def _inverse_cdf(w: Tensor, points: Tensor) -> Tensor:
     """The index whose share of [0, 1) holds each point; weightless indices hold none."""
     total = w.cumsum(0)
     total = total / total[-1]
-    index = torch.searchsorted(total, points, right=True)
+    index = torch.searchsorted(total, points.contiguous(), right=True)
     last = int(w.nonzero().max())
     return index.clamp_max(last)
 

@@ -73,7 +73,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[Any], *, where: str 
         scores = reward(images, prompts)
     except (RewardError, OptionError):
         raise
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         raise RewardError(
