@@ -13,6 +13,7 @@ from steering.analytic import (
     FiniteChain,
     GaussianMixture,
     LinearReward,
+    MaskedChain,
     QuadraticReward,
     TableReward,
 )
@@ -545,6 +546,41 @@ def test_chain_refusals() -> None:
             call()
     with pytest.raises(SteeringError, match="propose"):
         model.transition(x, pred, t, u, model.path)
+
+
+def test_masked_words_follow_the_joint_law() -> None:
+    joint = NoiseKey(0, "joint").uniform(1, (3, 3, 3))[0] ** 3
+    joint[0, 1] = 0.0
+    joint = joint / joint.sum()
+    model = MaskedChain(joint)
+    assert model.tokens(model.noise(2, NoiseKey(0))).tolist() == [[3, 3, 3]] * 2
+    law = model.law()
+    for s, word in enumerate(model.words.tolist()):
+        wanted = 0.0 if 3 in word else float(joint[tuple(word)])
+        assert float(law[s]) == pytest.approx(wanted, abs=1e-12)
+    # What is revealed stays, and one place more is shown at each step.
+    x = model.noise(2000, NoiseKey(0))
+    for i, (t, u) in enumerate(model.grid().steps()):
+        before = model.tokens(x)
+        x = model.transition.propose(
+            x, model.predict(x, t), t, u, None, NoiseKey(1, step=i).uniform(2000)
+        )
+        after = model.tokens(x)
+        assert bool(((after == before) | (before == 3)).all())
+        assert bool(((after == 3).sum(1) == 2 - i).all())
+    # A prediction from a half-masked word is the conditional law.
+    half = (model.words == torch.tensor([2, 3, 0])).all(1).nonzero()
+    pred = model.predict(half, model.grid().times[2])
+    for token in range(3):
+        full = (model.words == torch.tensor([2, token, 0])).all(1)
+        wanted = float(joint[2, token, 0] / joint[2, :, 0].sum())
+        assert float(pred.probs[0, full]) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_masked_chain_refusals() -> None:
+    for shape in ((2, 3), (9, 9, 9, 9), ()):
+        with pytest.raises(OptionError, match="masked chain"):
+            MaskedChain(torch.ones(shape))
 
 
 def test_uniform_grid_by_default() -> None:

@@ -6,6 +6,7 @@ enumerated. Both are :class:`steering.model.Model`, so every method runs on them
 """
 
 from steering.analytic.chain import ChainPrediction, ChainStep, FiniteChain
+from steering.analytic.masked import MaskedChain
 from steering.analytic.mixture import ExactReverse, GaussianMixture, MixturePrediction
 from steering.analytic.tilts import LinearReward, QuadraticReward, TableReward, Tilt
 
@@ -16,6 +17,7 @@ __all__ = [
     "FiniteChain",
     "GaussianMixture",
     "LinearReward",
+    "MaskedChain",
     "MixturePrediction",
     "QuadraticReward",
     "TableReward",
