@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from PIL import Image
@@ -41,7 +41,7 @@ class Arithmetic:
             return NotImplemented
         if divisor == 0:
             raise OptionError("A reward cannot be divided by zero.")
-        return _scaled(self, 1.0 / float(divisor))  # type: ignore[arg-type]
+        return _scaled(self, 1.0 / float(divisor))
 
     def __neg__(self) -> Any:  # noqa: ANN401
         return _scaled(self, -1.0)
@@ -109,12 +109,12 @@ class WeightedSum(Arithmetic):
         Raises:
             RewardError: a component returned the wrong number of values, NaN or +inf.
         """
-        n = 1 if isinstance(images, Image.Image) else len(images)
+        images = [images] if isinstance(images, Image.Image) else images
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
         for key, (weight, reward) in zip(self._keys(), self.terms, strict=True):
             found = reward(images, prompts, metadata=metadata)
-            check_scores(found, reward.name, n, f", a part of {self.name!r}")
+            check_scores(found, reward.name, len(images), f", a part of {self.name!r}")
             parts[key] = found.value
             parts.update({f"{key}.{k}": v for k, v in found.parts.items()})
             # Left out rather than multiplied: 0 * -inf would be NaN.
@@ -135,7 +135,7 @@ class WeightedSum(Arithmetic):
         ]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -163,7 +163,7 @@ def _scaled(reward: object, factor: float) -> Any:  # noqa: ANN401
 def _add(reward: object, other: object, sign: float) -> Any:  # noqa: ANN401
     terms, offset = _linear(reward)
     if _is_number(other):
-        return _simplest(terms, offset + sign * float(other))  # type: ignore[arg-type]
+        return _simplest(terms, offset + sign * float(other))
     if isinstance(other, (str, type)) or not callable(other):
         return NotImplemented
     from steering.rewards.function import FunctionReward

@@ -104,7 +104,7 @@ def register(name: str) -> Callable[[T], T]:
         OptionError: the name is taken.
     """
 
-    def add(thing: T) -> T:
+    def add(thing: Any) -> Any:  # noqa: ANN401
         REWARDS.register(name)(thing)
         if isinstance(thing, type) and issubclass(thing, Reward):
             thing.name, thing._registered = name, True

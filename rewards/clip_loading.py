@@ -160,9 +160,9 @@ def _missing(name: str, tag: str | None, error: Exception) -> str:
     from open_clip.pretrained import get_pretrained_cfg
 
     cfg = get_pretrained_cfg(name, tag) if tag else {}
-    source = cfg.get("hf_hub") or cfg.get("url")
-    where = f"Hugging Face id {source.rstrip('/')!r}" if cfg.get("hf_hub") else repr(source)
-    looked = where if source else repr(tag or name)
+    looked = repr(cfg.get("url") or tag or name)
+    if cfg.get("hf_hub"):
+        looked = f"the Hugging Face id {cfg['hf_hub'].rstrip('/')!r}"
     reason = " ".join(str(error).split())[:300]
     architecture = "" if name.startswith((_HUB, _FOLDER)) else f"model={name}, "
     kind = "folder" if name.startswith((_HUB, _FOLDER)) else "file.safetensors"

@@ -192,7 +192,7 @@ def test_importing_the_package_loads_no_encoder_library():
 
 def test_the_examples_of_the_documentation_run():
     page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
-    scope = {"__name__": "documented"}
+    scope = {"__name__": "__main__"}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         if "@register" in block:
             exec(block, scope)
