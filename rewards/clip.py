@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.errors import OptionError
 from steering.rewards.base import Reward, register
-from steering.rewards.images import need_text
+from steering.rewards.images import device_name, need_text
 from steering.rewards.pixels import PixelSpec
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Clip(Reward):
     def _encoder(self, device: torch.device | str) -> Encoder:
         from steering.rewards.clip_loading import load
 
-        where = str(torch.device(self.device or device))
+        where = device_name(self.device or device)
         with torch.inference_mode(False):  # parameters kept for a backward pass later
             return _encoder(load(self.model, self.pretrained, self.precision, where))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steering.rewards.base import Reward, register
-from steering.rewards.images import need_text
+from steering.rewards.images import device_name, need_text
 from steering.scoring import Scores
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Detector(Reward):
 
         for prompt in getattr(model, "prompts", ()):
             parse(*need_text([prompt], self.name))
-        _judge(str(getattr(model, "device", "cpu")))
+        _judge(device_name(getattr(model, "device", "cpu")))
         return self
 
     def score(
@@ -47,7 +47,7 @@ class Detector(Reward):
     ) -> Scores:
         """Correct or not [n] as 1 or 0."""
         records = need_text(prompts, self.name) if metadata is None else list(metadata)
-        verdicts = _judge(str(images.device)).judge(images, records)
+        verdicts = _judge(device_name(images.device)).judge(images, records)
         return Scores(
             value=torch.tensor([float(v.correct) for v in verdicts], device=images.device),
             parts={

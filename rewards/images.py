@@ -78,6 +78,11 @@ def need_text(prompts: Sequence[Any], name: str) -> list[str]:
     return list(prompts)
 
 
+def device_name(device: torch.device | str) -> str:
+    """The device with its index: "cuda" and "cuda:0" must not load a model twice."""
+    return str(torch.empty(0, device=device).device)
+
+
 def to_pil(images: Any) -> list[Any]:  # noqa: ANN401
     """PIL images, values rounded to 8 bits; for video one list of frames per sample."""
     tensor = as_tensor(images).detach()
