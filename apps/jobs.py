@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from steering.api import steer
 from steering.engine import Task
-from steering.errors import OptionError
+from steering.errors import OptionError, unknown_name
 from steering.loading import call_defaults, load
 from steering.registry import METHODS
 from steering.requests import Progress
@@ -44,12 +45,21 @@ class Job:
         """(options of the method, arguments of the pipeline call) from key=value settings."""
         known = {f.name for f in dataclasses.fields(METHODS.get(method.partition("/")[0]))}
         values = parse_settings(settings)
+        self._check_names(values, known)
         options = {k: v for k, v in values.items() if k in known}
         call = {**call_defaults(self.model), **{k: v for k, v in values.items() if k not in known}}
         if n_particles is not None:
             size = "n_particles" if "n_particles" in known else "n"
             options[size] = n_particles
         return options, call
+
+    def _check_names(self, values: dict[str, Any], known: set[str]) -> None:
+        if set(values) <= known:
+            return
+        call = set(inspect.signature(type(self.pipe).__call__).parameters) - {"self"}
+        for name in values:
+            if name not in known | call:
+                raise unknown_name("setting (of the method or the pipeline)", name, known | call)
 
     def steer(
         self,
