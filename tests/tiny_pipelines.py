@@ -13,16 +13,19 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import diffusers as D  # noqa: N812
+import diffusers as D
 import torch
-import transformers as H  # noqa: N812
+import transformers as H
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 FOX = "a painting of a red fox in the snow"
 BOAT = "two blue boats near an old harbour"
 AVOID = "blurry dark drawing"
 _WORDS = f"{FOX} {BOAT} {AVOID}".split()
-_CHAT = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }} {% endfor %}"
+_CHAT = (
+    "{% for m in messages %}{{ m['content'] if m['content'] is string "
+    "else m['content'][0]['text'] }} {% endfor %}"
+)
 Setup = tuple[Any, dict[str, Any]]
 
 

@@ -5,6 +5,8 @@ pixels of ``pipe(...)``: the difference expected is 0.0. The rest of the report 
 batched, whether it has gradients, and what a step costs.
 """
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import copy
@@ -81,7 +83,12 @@ class CheckReport:
         """Plain numbers, strings and lists."""
         out = asdict(self)
         out["latents"] = {str(n): d for n, d in self.latents.items()}
-        return {**out, "event_shape": list(self.event_shape), "costs": list(self.costs), "ok": self.ok}
+        return {
+            **out,
+            "event_shape": list(self.event_shape),
+            "costs": list(self.costs),
+            "ok": self.ok,
+        }
 
     def table(self) -> str:
         """The report for a terminal."""
@@ -94,14 +101,23 @@ class CheckReport:
             ("noise at any width", _say(self.noise_equal, "equal", "differs")),
             ("two prompts in a batch", f"{_number(self.mixed_prompts)} relative"),
             ("max_batch", f"{_number(self.chunked)} relative"),
-            ("mixed times", _say(self.mixed_times, "in one call", f"grouped: {self.mixing_reason}")),
+            (
+                "mixed times",
+                _say(self.mixed_times, "in one call", f"grouped: {self.mixing_reason}"),
+            ),
             ("several times", f"{_number(self.several_times)} relative"),
             ("decode order", _number(self.decode_order)),
-            ("gradient", f"{_say(self.gradient_finite, 'finite', 'NOT finite')}, finite difference "
-                         f"/ gradient {_number(self.gradient_ratio)}"),
+            (
+                "gradient",
+                f"{_say(self.gradient_finite, 'finite', 'NOT finite')}, finite difference "
+                f"/ gradient {_number(self.gradient_ratio)}",
+            ),
             ("through decode", _say(self.decode_gradient_finite, "finite", "NOT finite")),
-            ("time", f"{_number(self.ms_per_query)} ms a query, {_number(self.ms_per_step)} ms a "
-                     "step of pipe(...)"),
+            (
+                "time",
+                f"{_number(self.ms_per_query)} ms a query, {_number(self.ms_per_step)} ms a "
+                "step of pipe(...)",
+            ),
             ("verdict", "ok" if self.ok else "FAILED: " + " ".join(self.failures)),
         ]
         return "\n".join(f"{name:24s}{value}" for name, value in rows)
@@ -109,7 +125,7 @@ class CheckReport:
     __str__ = table
 
 
-def check(pipe_or_model: Any, **call_kwargs: Any) -> CheckReport:  # noqa: ANN401
+def check(pipe_or_model: Any, **call_kwargs: Any) -> CheckReport:
     """Compares a wrapped pipeline with the pipeline itself.
 
     Args:
@@ -183,8 +199,9 @@ def drive(model: WrappedPipeline, n: int) -> Tensor:
     extra: dict[str, Any] = {"return_dict": False}
     if "generator" in known:
         extra["generator"] = generators if n > 1 else generators[0]
-    if "eta" in known and "eta" in model.call_kwargs:
-        extra["eta"] = model.call_kwargs["eta"]
+    default = inspect.signature(type(model.pipe).__call__).parameters.get("eta")
+    if "eta" in known and default is not None:
+        extra["eta"] = model.call_kwargs.get("eta", default.default)
     before, old = None, None
     for t, node in zip(model.schedule.walked.to(model.device), model.schedule.loop, strict=True):
         out = model.output(x, node)
@@ -202,12 +219,17 @@ def _plain(model: WrappedPipeline, n: int, output_type: str) -> tuple[Tensor, fl
     """pipe(...) for n samples of prompt 0 from the same noise, and its seconds."""
     pipe = copy.copy(model.pipe)
     quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-    for name, value in (("_progress_bar_config", quiet), ("scheduler", copy.deepcopy(pipe.scheduler))):
+    for name, value in (
+        ("_progress_bar_config", quiet),
+        ("scheduler", copy.deepcopy(pipe.scheduler)),
+    ):
         object.__setattr__(pipe, name, value)
     arguments = Arguments(model.pipe, model.call_kwargs)
     generators = [_KEY.at(slot=k).generator() for k in range(n)]
     given = generators if n > 1 else generators[0]
-    counted = next((k for k in arguments.known if k.startswith("num_") and "per_prompt" in k), None)
+    counted = next(
+        (k for k in arguments.known if k.startswith("num_") and "per_prompt" in k), None
+    )
     begin = time.perf_counter()
     if counted and not type(pipe).__name__.startswith("CogVideoX"):  # which ignores it
         kwargs = arguments.for_rows((0,), output_type=output_type, generator=given)
@@ -226,7 +248,9 @@ def _batching(model: WrappedPipeline, report: CheckReport) -> None:
     conds = [last, 0, last]
     alone = torch.cat([model.output(wide[k : k + 1], t, cond=c) for k, c in enumerate(conds)])
     report.mixed_prompts = _relative(model.output(wide, t, cond=conds), alone)
-    swapped = torch.cat([model.output(wide[k : k + 1], t, cond=last - c) for k, c in enumerate(conds)])
+    swapped = torch.cat(
+        [model.output(wide[k : k + 1], t, cond=last - c) for k, c in enumerate(conds)]
+    )
     report.prompts_differ = _relative(swapped, alone) if last else None
     kept, model.max_batch = model.max_batch, 2
     try:
@@ -262,7 +286,7 @@ def _gradients(model: WrappedPipeline, report: CheckReport) -> None:
     report.decode_gradient_finite = bool(torch.isfinite(gradient).all())
 
 
-def _energy(model: WrappedPipeline, x: Tensor, t: Any, grad: bool) -> Tensor:  # noqa: ANN401
+def _energy(model: WrappedPipeline, x: Tensor, t: Any, grad: bool) -> Tensor:
     return model.predict(x, t, grad=grad).x0.double().square().mean()
 
 

@@ -7,6 +7,8 @@ function, so that the loop's index is the schedule index of the time in question
 Guidance, ControlNet, adapters, experts and offload stay the pipeline's own.
 """
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import builtins
@@ -64,8 +66,12 @@ class DrivenTimesteps(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        cls,
+        func: Any,
+        types_: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         out = super().__torch_function__(func, types_, args, kwargs or {})
         if func in (torch.Tensor.__getitem__, torch.Tensor.to) and out.ndim == 1:
             return out  # img2img slices the schedule; everything else must not inherit the class
@@ -77,8 +83,12 @@ class RowTimes(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        cls,
+        func: Any,
+        types_: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         if func is torch.Tensor.expand:
             rows = args[0].as_subclass(torch.Tensor)
             size = args[1] if isinstance(args[1], int) else args[1][0]
@@ -104,7 +114,7 @@ def _drive(steps: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield frame.query.index, frame.query.net
 
 
-def _driven_enumerate(items: Any, start: int = 0) -> Any:  # noqa: ANN401
+def _driven_enumerate(items: Any, start: int = 0) -> Any:
     steps = getattr(items, "iterable", items)  # a progress bar around the timesteps
     if isinstance(steps, DrivenTimesteps) and _current() is not None:
         return _drive(steps)
@@ -143,7 +153,7 @@ class Frame:
         *,
         leave: bool = False,
         stop: str | None = None,
-        generator: Any = None,  # noqa: ANN401
+        generator: Any = None,
         output_type: str = "latent",
         parts: Mapping[str, object] | None = None,
     ) -> None:
@@ -154,6 +164,7 @@ class Frame:
         self.latents: Tensor | None = None
         self.walked: Tensor | None = None
         self.full_schedule: Any = None
+        self._given: Tensor | None = None
         self.checks = _STATE_CHECKS
         self._calls_of_prepare = 0
         self.pipe = self._copy(parts or {})
@@ -163,7 +174,7 @@ class Frame:
         self.greenlet = _FrameGreenlet(lambda: script.call(self.pipe, **arguments))
         self.greenlet.frame = self
 
-    def _copy(self, parts: Mapping[str, object]) -> Any:  # noqa: ANN401
+    def _copy(self, parts: Mapping[str, object]) -> Any:
         pipe = copy.copy(self.script.pipe)
         self._real_prepare = pipe.prepare_latents  # bound to the copy, whose scheduler is set
         quiet = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
@@ -180,11 +191,11 @@ class Frame:
             object.__setattr__(pipe, name, value)  # past diffusers' registration of components
         return pipe
 
-    def _scheduler(self) -> Any:  # noqa: ANN401
+    def _scheduler(self) -> Any:
         scheduler = copy.copy(self.script.scheduler)
         real_set, signature = scheduler.set_timesteps, inspect.signature(scheduler.step)
 
-        def set_timesteps(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
             real_set(*args, **kwargs)
             if self.stop == "loop":
                 self.full_schedule = copy.copy(scheduler)
@@ -192,11 +203,11 @@ class Frame:
                     self.full_schedule.__dict__.pop(name, None)
             scheduler.timesteps = scheduler.timesteps.as_subclass(DrivenTimesteps)
 
-        def step(*args: Any, **kwargs: Any) -> StepOutput:  # noqa: ANN401
+        def step(*args: Any, **kwargs: Any) -> StepOutput:
             given = signature.bind(*args, **kwargs).arguments
             return self._answer(given["model_output"], given["sample"])
 
-        def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.query is None or self.script.schedule is None:
                 return sample
             return self.script.schedule.scale_input(sample, self.query.times)
@@ -208,7 +219,7 @@ class Frame:
             scheduler.scale_model_input = scale_model_input
         return scheduler
 
-    def _prepare_latents(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         self._calls_of_prepare += 1
         if self._calls_of_prepare > 1:
             return self._real_prepare(*args, **kwargs)
@@ -232,17 +243,20 @@ class Frame:
         return (self._given, *out[1:]) if isinstance(out, tuple) else self._given
 
     def _answer(self, output: Tensor, sample: Tensor) -> StepOutput:
+        if self._given is None:
+            raise PipelineError(
+                f"{self.script.name} cannot be driven: its loop is not "
+                "`for i, t in enumerate(timesteps)` over the scheduler's timesteps."
+            )
         if self.checks > 0:
             self.checks -= 1
             self._check_state(sample)
-        query = self.greenlet.parent.switch(output)
-        self.query = None if isinstance(query, Tensor) else query
-        x = query if isinstance(query, Tensor) else query.x
-        self._given = x.to(sample)
+        self.query = self.greenlet.parent.switch(output)
+        self._given = self.query.x.to(sample)
         return StepOutput(self._given, self._given)
 
     def _check_state(self, sample: Tensor) -> None:
-        if sample is self._given:
+        if sample is self._given or self._given is None:
             return
         if sample.shape != self._given.shape or not torch.equal(
             sample, self._given.to(sample.dtype)
@@ -270,19 +284,16 @@ class Frame:
             raise PipelineError(f"{self.script.name} left its loop without a scheduler step.")
         return out
 
-    def run(self, grad: bool = False) -> Any:  # noqa: ANN401
+    def run(self, grad: bool = False) -> Any:
         """Runs to the end (or to ``stop``); what the pipeline returned."""
         out = self._switch((), grad)
         if self.alive:
             self.close()
             raise PipelineError(f"{self.script.name} did not stop where it was expected to.")
+        self._release()
         return out
 
-    def finish(self, x: Tensor, grad: bool = False) -> Any:  # noqa: ANN401
-        """Leaves the loop of a parked frame with state x; what the pipeline returned."""
-        return self._switch((x,), grad)
-
-    def _switch(self, value: tuple, grad: bool) -> Any:  # noqa: ANN401
+    def _switch(self, value: tuple, grad: bool) -> Any:
         self.greenlet.parent = getcurrent()
         with torch.set_grad_enabled(grad):  # the mode is the thread's, greenlets share it
             return self.greenlet.switch(*value)
@@ -293,5 +304,11 @@ class Frame:
             try:
                 self.greenlet.parent = getcurrent()
                 self.greenlet.throw(Stop)
-            except error:
+            except (error, ValueError):
                 pass  # started in a thread that is gone; its stack went with it
+        self._release()
+
+    def _release(self) -> None:
+        # A frame and its pipeline hold each other: states and graphs must not wait for the
+        # garbage collector.
+        self.first = self.query = self._given = self.pipe = None

@@ -1,5 +1,7 @@
 """What a pipeline's source must look like to be driven, checked before any work is spent."""
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import ast
@@ -17,7 +19,7 @@ from steering.pipelines.schedule import family_of
 _CACHES = re.compile(r"cache|fbc|broadcast|taylor", re.IGNORECASE)
 
 
-def require_drivable(pipe: Any) -> bool:  # noqa: ANN401
+def require_drivable(pipe: Any) -> bool:
     """Checks the idioms control inversion relies on.
 
     Returns:
@@ -56,12 +58,12 @@ def _refuse_caches(name: str, networks: dict[str, nn.Module]) -> None:
         caches = sorted({hook for hook in hooks if _CACHES.search(hook)})
         if caches or getattr(network, "is_cache_enabled", False):
             raise PipelineError(
-                f"{name}.{label} has a cache between steps ({', '.join(caches) or 'enabled'}), which "
-                "assumes that times only fall; call `disable_cache()` (or remove the hooks) first."
+                f"{name}.{label} has a cache between steps ({', '.join(caches) or 'enabled'}), "
+                "which assumes that times only fall; call `disable_cache()` first."
             )
 
 
-def _read_source(pipe: Any, name: str) -> bool:  # noqa: ANN401
+def _read_source(pipe: Any, name: str) -> bool:
     call = inspect.unwrap(type(pipe).__call__)
     try:
         source = textwrap.dedent(inspect.getsource(call))
@@ -88,8 +90,10 @@ def _read_source(pipe: Any, name: str) -> bool:  # noqa: ANN401
 
 def _enumerates(loop: ast.For) -> bool:
     call = loop.iter
-    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and (
-        call.func.id == "enumerate"
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and (call.func.id == "enumerate")
     )
 
 

@@ -1,5 +1,7 @@
 """Counts network rows where they are spent: on the denoising networks themselves."""
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import re
@@ -15,7 +17,7 @@ from steering.errors import PipelineError
 _DENOISER = re.compile(r"(transformer|unet|prior|dit|denoiser)(_\d+)?$")
 
 
-def denoisers(pipe: Any) -> dict[str, nn.Module]:  # noqa: ANN401
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
     """The components of a pipeline that denoise (transformer, transformer_2, unet, ...)."""
     found = {
         name: part

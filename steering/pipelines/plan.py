@@ -7,6 +7,8 @@ step. This finds truncated guidance, skipped layers, ControlNet windows, experts
 depends on time, at every index and without a network's cost.
 """
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -48,7 +50,7 @@ class _Recorder:
     def restart(self) -> None:
         self.calls, self.rows = [], 0
 
-    def call(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def call(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         rows = count_rows(args, kwargs)
         if name in self.networks:
             self.rows += rows
@@ -70,10 +72,10 @@ class _StandIn:
     def __class__(self) -> type:  # type: ignore[override]
         return type(self.__dict__["_module"])
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__
         return own["_recorder"].call(own["_name"], own["_module"], args, kwargs)
 
@@ -95,7 +97,7 @@ def _mark(value: object) -> str:
     return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
 
 
-def _made_up(value: Any, known: int, rows: int, generator: torch.Generator) -> Any:  # noqa: ANN401
+def _made_up(value: Any, known: int, rows: int, generator: torch.Generator) -> Any:
     """A value of the same structure with ``rows`` rows of random numbers."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -116,7 +118,7 @@ def _loose(values: list) -> bool:
     return all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values)
 
 
-def _stand_ins(pipe: Any, recorder: _Recorder) -> dict[str, object]:  # noqa: ANN401
+def _stand_ins(pipe: Any, recorder: _Recorder) -> dict[str, object]:
     names = [
         name
         for name, part in pipe.components.items()
@@ -216,4 +218,4 @@ def mixing_agrees(script: Script) -> bool:
     return True
 
 
-__all__ = ["Plan", "PipelineError", "make_plan", "mixing_agrees", "probe_costs"]
+__all__ = ["PipelineError", "Plan", "make_plan", "mixing_agrees", "probe_costs"]

@@ -1,5 +1,7 @@
 """The user's arguments row by row, and text encodings made once per prompt."""
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import copy
@@ -13,7 +15,7 @@ from torch import Tensor
 from steering.errors import OptionError, unknown_name
 
 _INSTEAD = {
-    "generator": "noise comes from named streams: give `seed=` to steer(), or a NoiseKey to noise()",
+    "generator": "noise comes from named streams: give steer() a seed, or noise() a NoiseKey",
     "latents": "give the starting state to predict() directly",
     "output_type": "decode() returns tensors in [0, 1]",
     "return_dict": "predict() and decode() return tensors",
@@ -37,7 +39,7 @@ class Arguments:
         OptionError: an argument the pipeline does not have, or that a wrapped pipeline decides.
     """
 
-    def __init__(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+    def __init__(self, pipe: Any, call_kwargs: Mapping[str, Any]) -> None:
         self.known = inspect.signature(type(pipe).__call__).parameters
         owner = type(pipe).__name__
         for name in call_kwargs:
@@ -77,12 +79,17 @@ class Arguments:
             values = values * count
         if len(values) != count:
             raise OptionError(
-                f"`{name}` has {len(values)} entries for {count} prompts; give one for all or one each."
+                f"`{name}` has {len(values)} entries for {count} prompts; "
+                "give one for all or one each."
             )
         self.per_prompt[name] = values
 
     def for_rows(
-        self, conds: Sequence[int], *, output_type: str, generator: Any  # noqa: ANN401
+        self,
+        conds: Sequence[int],
+        *,
+        output_type: str,
+        generator: Any,
     ) -> dict[str, Any]:
         """Arguments of pipe(...) for rows with these prompts."""
         out = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in self.shared.items()}
@@ -121,13 +128,20 @@ class PromptMemo:
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
         self.calls = 0
+        self._encode: Callable | None = None
         self._single: dict[tuple, Any] = {}
         self._joint: dict[tuple, Any] = {}
         self._rules: dict[str, tuple[Any, bool]] = {}
 
-    def __call__(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, encode: Callable, *args: Any, **kwargs: Any) -> Any:
         """encode(*args, **kwargs), from memory where it can be; ``encode`` is bound to a copy."""
         self._encode = encode
+        try:
+            return self._assemble(encode, args, kwargs)
+        finally:
+            self._encode = None  # it is bound to a frame's pipeline
+
+    def _assemble(self, encode: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         bound = inspect.signature(encode).bind(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
         lists = {k: v for k, v in bound.items() if _strings(v)}
@@ -141,26 +155,29 @@ class PromptMemo:
             return _join([self._row(kind, lists, rest, rows[0])], _COPY)
         return self._batch(kind, lists, rest, rows)
 
-    def _call(self, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    def _call(self, arguments: Mapping[str, Any]) -> Any:
+        assert self._encode is not None
         self.calls += 1
         with torch.no_grad():
             return self._encode(**arguments)
 
-    def _row(self, kind: str, names: Mapping, rest: Mapping, row: tuple) -> Any:  # noqa: ANN401
+    def _row(self, kind: str, names: Mapping, rest: Mapping, row: tuple) -> Any:
         key = (kind, row)
         if key not in self._single:
             texts = {name: [text] for name, text in zip(names, row, strict=True)}
             self._single[key] = self._call({**rest, **texts})
         return self._single[key]
 
-    def _together(self, kind: str, names: Mapping, rest: Mapping, rows: list) -> Any:  # noqa: ANN401
+    def _together(self, kind: str, names: Mapping, rest: Mapping, rows: list) -> Any:
         key = (kind, *rows)
         if key not in self._joint:
-            texts = {n: list(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)}
+            texts = {
+                n: list(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)
+            }
             self._joint[key] = self._call({**rest, **texts})
         return self._joint[key]
 
-    def _batch(self, kind: str, names: Mapping, rest: Mapping, rows: list) -> Any:  # noqa: ANN401
+    def _batch(self, kind: str, names: Mapping, rest: Mapping, rows: list) -> Any:
         distinct = list(dict.fromkeys(rows))
         rule, sure = self._rules.get(kind, (None, False))
         if kind not in self._rules or (not sure and len(distinct) > 1):
@@ -171,13 +188,16 @@ class PromptMemo:
             try:
                 return _join(singles, rule)
             except Mismatch:  # lengths that were equal so far part: learn again on such a pair
-                odd = next(r for r, s in zip(rows, singles, strict=True) if _shape(s) != _shape(singles[0]))
+                shapes = [_shape(single) for single in singles]
+                odd = next(
+                    (r for r, s in zip(rows, shapes, strict=True) if s != shapes[0]), rows[0]
+                )
                 rule = self._learn(kind, names, rest, [rows[0], odd])
                 if rule is not None:
                     return _join(singles, rule)
         return self._together(kind, names, rest, rows)
 
-    def _learn(self, kind: str, names: Mapping, rest: Mapping, pair: list) -> Any:  # noqa: ANN401
+    def _learn(self, kind: str, names: Mapping, rest: Mapping, pair: list) -> Any:
         joint = self._together(kind, names, rest, pair)
         singles = [self._row(kind, names, rest, row) for row in pair]
         try:
@@ -198,7 +218,7 @@ def _shape(value: object) -> object:
     return tuple(_shape(v) for v in value) if isinstance(value, (tuple, list)) else value is None
 
 
-def _rule(singles: Sequence[Any], joint: Any, tolerance: float) -> Any:  # noqa: ANN401
+def _rule(singles: Sequence[Any], joint: Any, tolerance: float) -> Any:
     """How the encodings of two prompts become that of both: a name, or a tuple of rules."""
     first = singles[0]
     if joint is None and all(s is None for s in singles):
@@ -222,7 +242,7 @@ def _rule(singles: Sequence[Any], joint: Any, tolerance: float) -> Any:  # noqa:
     raise Mismatch
 
 
-def _join(singles: Sequence[Any], rule: Any) -> Any:  # noqa: ANN401
+def _join(singles: Sequence[Any], rule: Any) -> Any:
     first = singles[0]
     if rule == _COPY:
         if isinstance(first, Tensor):
@@ -280,7 +300,7 @@ def _masks(column: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor | 
     return _padded(rows)
 
 
-def _verify(made: Any, joint: Any, tolerance: float) -> None:  # noqa: ANN401
+def _verify(made: Any, joint: Any, tolerance: float) -> None:
     if isinstance(joint, Tensor):
         if not isinstance(made, Tensor) or made.shape != joint.shape:
             raise Mismatch

@@ -13,6 +13,8 @@ numbers (UniPC and DPM++ with flow sigmas): a node keeps the exact sigma beside 
 network was given. ``clip_sample`` and thresholding of pixel-space schedulers are not applied.
 """
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import math
@@ -89,7 +91,7 @@ _PREDICTIONS = {
 }
 
 
-def family_of(scheduler: Any) -> str:  # noqa: ANN401
+def family_of(scheduler: Any) -> str:
     """vp, ve, flow or edm.
 
     Raises:
@@ -205,7 +207,7 @@ class Schedule:
         return Prediction(x0, (x - x0) / s)
 
 
-def read_schedule(scheduler: Any, walked: Tensor) -> Schedule:  # noqa: ANN401
+def read_schedule(scheduler: Any, walked: Tensor) -> Schedule:
     """The schedule of a scheduler whose set_timesteps has run.
 
     Args:
@@ -222,12 +224,12 @@ def read_schedule(scheduler: Any, walked: Tensor) -> Schedule:  # noqa: ANN401
     nets = [float(t) for t in walked]
     loop = tuple(_node(path, family, r, n) for r, n in zip(ratios, nets, strict=True))
     order = getattr(scheduler, "order", 1)
-    end = _node(path, family, last, path.tell(0.0, max(last, 1e-8)), end=True)
+    end = _node(path, family, last, path.tell(0.0, last), end=True)
     grid = _monotone([*loop[::order], end])
     return Schedule(family, _PREDICTIONS[kind], path, loop, grid, walked, scheduler)
 
 
-def _path(scheduler: Any, family: str) -> SchedulePath:  # noqa: ANN401
+def _path(scheduler: Any, family: str) -> SchedulePath:
     steps = float(scheduler.config.get("num_train_timesteps", 1000))
     whole = not scheduler.timesteps.is_floating_point()
 
@@ -251,7 +253,7 @@ def _path(scheduler: Any, family: str) -> SchedulePath:  # noqa: ANN401
     return SchedulePath(table, lambda t, s: rounded(min(max(t * steps - 1.0, 0.0), steps - 1.0)))
 
 
-def _levels(scheduler: Any, family: str, walked: Tensor) -> tuple[list[float], float]:  # noqa: ANN401
+def _levels(scheduler: Any, family: str, walked: Tensor) -> tuple[list[float], float]:
     """Per turn: sigma (flow, edm) or sigma / alpha (vp, ve); and the same where the loop ends."""
     full = scheduler.timesteps.detach().cpu()
     start = _start(full, walked)
@@ -261,8 +263,9 @@ def _levels(scheduler: Any, family: str, walked: Tensor) -> tuple[list[float], f
         between = getattr(scheduler, "sigmas_interpol", None)
         here = values[start : start + len(walked)]
         if between is not None:  # KDPM2: every second turn stands between two nodes
+            back = 1 if "Ancestral" in type(scheduler).__name__ else 0
             here = [
-                float(between[start + k]) if (start + k) % 2 else value
+                float(between[start + k - back]) if (start + k) % 2 else value
                 for k, value in enumerate(here)
             ]
         if scheduler.config.get("invert_sigmas"):

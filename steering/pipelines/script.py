@@ -1,5 +1,7 @@
 """What all frames of one wrapped pipeline share: the call, its arguments, its schedule."""
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 import copy
@@ -30,7 +32,7 @@ class Script:
         event_shape: shape of one state in the loop.
     """
 
-    def __init__(self, pipe: Any, arguments: Arguments, name: str) -> None:  # noqa: ANN401
+    def __init__(self, pipe: Any, arguments: Arguments, name: str) -> None:
         self.pipe, self.arguments, self.name = pipe, arguments, name
         self.call = inverted(type(pipe).__call__)
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -49,8 +51,10 @@ class Script:
         frame.run()
         if frame.walked is None or frame.latents is None or frame.full_schedule is None:
             missing = (
-                "call prepare_latents" if frame.latents is None
-                else "call scheduler.set_timesteps" if frame.full_schedule is None
+                "call prepare_latents"
+                if frame.latents is None
+                else "call scheduler.set_timesteps"
+                if frame.full_schedule is None
                 else "run `for i, t in enumerate(timesteps)`"
             )
             raise PipelineError(f"{self.name} cannot be driven: it does not {missing}.")
@@ -61,7 +65,7 @@ class Script:
         self.event_shape = tuple(frame.latents.shape[1:])
         self.state_dtype = frame.latents.dtype
 
-    def seed(self, width: int) -> Any:  # noqa: ANN401
+    def seed(self, width: int) -> Any:
         """Equal generators for each row, so that frames do not depend on global random state."""
         return [torch.Generator("cpu").manual_seed(0) for _ in range(width)]
 

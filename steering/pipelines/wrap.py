@@ -1,5 +1,7 @@
 """wrap(): any diffusers pipeline as a :class:`steering.model.Model`."""
 
+# ruff: noqa: ANN401 - diffusers' objects have no common type
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,12 +24,12 @@ from steering.pipelines.script import Script
 
 
 def wrap(
-    pipe: Any,  # noqa: ANN401
+    pipe: Any,
     *,
     mixed_times: bool | Literal["auto"] = "auto",
     max_batch: int | None = None,
     name: str | None = None,
-    **call_kwargs: Any,  # noqa: ANN401
+    **call_kwargs: Any,
 ) -> WrappedPipeline:
     """Turns a diffusers pipeline into a model that can be asked.
 
@@ -57,7 +59,7 @@ class WrappedPipeline:
 
     def __init__(
         self,
-        pipe: Any,  # noqa: ANN401
+        pipe: Any,
         mixed_times: bool | Literal["auto"],
         max_batch: int | None,
         name: str | None,
@@ -188,7 +190,7 @@ class WrappedPipeline:
             OptionError: shapes, times or conds that do not fit together.
         """
         out = self.output(x, t, cond=cond, grad=grad)
-        x = x.to(out.device, torch.float32)
+        x = (x if grad else x.detach()).to(out.device, torch.float32)
         return self.schedule.predict(x, out.float(), t)
 
     def output(
@@ -199,7 +201,7 @@ class WrappedPipeline:
         times = [t] * n if isinstance(t, Time) else list(t)
         conds = [cond] * n if isinstance(cond, int) else [int(c) for c in cond]
         self._check_rows(x, times, conds)
-        x = x.to(self.device)
+        x = (x if grad else x.detach()).to(self.device)
         order: list[int] = []
         outs = []
         for rows in self._split(times, conds):
@@ -231,7 +233,8 @@ class WrappedPipeline:
             )
         if len(times) != len(x) or len(conds) != len(x):
             raise OptionError(
-                f"{self.name}: {len(x)} states came with {len(times)} times and {len(conds)} conds."
+                f"{self.name}: {len(x)} states came with {len(times)} times and "
+                f"{len(conds)} conds."
             )
         self._check_conds(conds)
 
@@ -245,7 +248,7 @@ class WrappedPipeline:
     def decode(self, x0: Tensor, *, grad: bool = False) -> Tensor:
         """The pipeline's own decoding: float32 in [0, 1], [n, 3, H, W] or [n, F, 3, H, W]."""
         self._check_rows(x0, [self.grid().times[0]] * len(x0), [0] * len(x0))
-        x0 = x0.to(self.device)
+        x0 = (x0 if grad else x0.detach()).to(self.device)
         size = self.max_batch or len(x0)
         parts = [self._decode(chunk, grad) for chunk in x0.split(size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
