@@ -43,7 +43,7 @@ class WeightsError(SteeringError):
 class TaskErrors(SteeringError):
     """Some prompts of a list failed; the others were finished.
 
-    ``results`` has one entry per prompt (None where it failed), ``errors`` maps index to exception.
+    ``results`` has one entry per prompt (None where it failed); ``errors`` maps index to error.
     """
 
     def __init__(self, results: list[Any], errors: dict[int, BaseException]) -> None:

@@ -19,6 +19,7 @@ from steering.loading import describe, load, with_scheduler
 from steering.method import build_method
 from steering.recipe import Recipe, package_versions, read
 from steering.result import Result
+from steering.scoring import recipe_reward
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,9 +67,9 @@ def replay(
     call = _call(recipe, call_kwargs)
     pipe = _pipe(recipe, pipe)
     method = build_method(recipe.method["name"], recipe.method["options"])
-    guide = reward if reward is not None else recipe.reward
-    if guide is None:
+    if reward is None and recipe.reward is None:
         raise RecipeError(f"{path}: the reward was a plain callable. Pass it as reward=.")
+    guide = reward if reward is not None else recipe_reward(str(recipe.reward))
     prompts = recipe.prompts
     with _threads(recipe.engine.get("threads")):
         results = steer(
@@ -78,7 +79,7 @@ def replay(
             method=method,
             budget=Budget(**recipe.budget),
             seed=recipe.seeds,
-            heldout=[spec for spec in recipe.heldout if spec is not None] or None,
+            heldout=[recipe_reward(spec) for spec in recipe.heldout if spec is not None] or None,
             max_batch=recipe.engine.get("max_batch"),
             **call,
         )

@@ -62,6 +62,15 @@ def resolve_reward(reward: object, model: object | None = None) -> Reward:
     return adapt(model) if adapt and model is not None else found
 
 
+def recipe_reward(spec: str) -> Reward:
+    """A reward named by a recipe, which may come from anywhere: no user code is imported for it.
+
+    Raises:
+        OptionError: an unknown name, or a spec that would run code.
+    """
+    return importlib.import_module("steering.rewards").as_reward(spec, allow_python=False)
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[Any], *, where: str = "") -> Scores:
     """Calls a reward and checks what it returned.
 
