@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from steering.engine import Engine, Listener, Task
-from steering.errors import OptionError, TaskErrors
+from steering.errors import OptionError, SteeringError, TaskErrors
 from steering.finish import Finisher
 from steering.ledger import Budget
 from steering.method import Method, Plan, build_method, default_costs
-from steering.model import Model
+from steering.model import Model, is_model
 from steering.recipe import writable_folder
 from steering.result import Result
 from steering.scoring import Reward, resolve_reward
@@ -64,16 +64,18 @@ def steer(
         RewardError: the reward failed; ``error.result`` holds the best so far.
         TaskErrors: some prompts of a list failed; ``.results`` has the others.
     """
-    many = prompt is not None and not isinstance(prompt, str)
     chosen = build_method(method, options)
+    if prompt is not None:
+        check_prompts(prompt)
     folder = None if out is None else writable_folder(out)
     model, mine = _model(pipe, prompt, call_kwargs)
+    many = len(model.prompts) > 1 or not (prompt is None or isinstance(prompt, str))
     try:
         guide = resolve_reward(reward, model)
         verifiers = [resolve_reward(r, model) for r in _listed(heldout)]
         _distinct(guide, verifiers)
         tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed)
-        limit = max_batch or getattr(model, "max_batch", None) or 64
+        limit = getattr(model, "max_batch", None) or 64 if max_batch is None else max_batch
         engine = Engine(model, max_batch=limit, listener=listener, cancelled=cancelled)
         engine.run(tasks)
         finish = Finisher(model, tasks, verifiers, engine, call_kwargs, folder if many else None)
@@ -88,7 +90,7 @@ def steer(
 
 def _model(pipe: object, prompt: Any, call_kwargs: dict[str, Any]) -> tuple[Model, bool]:  # noqa: ANN401
     """(the model, whether we made it and must close it)."""
-    if isinstance(pipe, Model):
+    if is_model(pipe):
         if call_kwargs:
             raise OptionError(
                 f"{', '.join(sorted(call_kwargs))}: arguments of the pipeline call belong to "
@@ -107,7 +109,6 @@ def _model(pipe: object, prompt: Any, call_kwargs: dict[str, Any]) -> tuple[Mode
     from steering.pipelines import wrap
 
     if prompt is not None:
-        check_prompts(prompt)
         call_kwargs = {"prompt": prompt, **call_kwargs}
     return wrap(pipe, name=source_of(pipe), **call_kwargs), True
 
@@ -152,8 +153,12 @@ def _tasks(
     model: Model, method: Method, reward: Reward, budget: Budget, seed: int | Sequence[int]
 ) -> list[Task]:
     n = len(model.prompts)
-    seeds = [seed] * n if isinstance(seed, int) else list(seed)
-    if len(seeds) != n or not all(isinstance(s, int) for s in seeds):
+    seeds = [seed] * n if isinstance(seed, int) else seed
+    if (
+        not isinstance(seeds, Sequence)
+        or len(seeds) != n
+        or not all(isinstance(s, int) for s in seeds)
+    ):
         raise OptionError(f"seed must be one integer or one per prompt ({n}), got {seed!r}.")
     grid = method.levels(model)
     plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget)
@@ -170,7 +175,8 @@ def _single(result: Result | None, task: Task, folder: Any) -> Result:  # noqa: 
     if task.error is not None:
         task.error.result = result  # type: ignore[attr-defined]
         raise task.error
-    assert result is not None
+    if result is None:
+        raise SteeringError("The run was cancelled before there was anything to show.")
     return result
 
 

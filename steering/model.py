@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,3 +62,9 @@ class Model(Protocol):
     def close(self) -> None:
         """Frees what the model holds beyond the user's pipeline."""
         ...
+
+
+def is_model(thing: object) -> TypeGuard[Model]:
+    """Whether an object can be asked as a Model; its attributes are not evaluated."""
+    asked = ("grid", "costs", "noise", "predict", "decode")
+    return all(callable(getattr(type(thing), name, None)) for name in asked)
