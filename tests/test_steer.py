@@ -106,7 +106,7 @@ def test_the_pipeline_is_left_as_it_was():
 
 
 def test_a_failing_reward_keeps_the_best_so_far(tmp_path):
-    """The third call (of the last pictures) fails: the best preview is in the error and on disk."""
+    """The third call, of the last pictures, fails: the best preview is kept, also on disk."""
     pipe, call = build("sd3")
     call = {**call, **STEPS}
     prompt = call.pop("prompt")
