@@ -81,7 +81,7 @@ class Best:
         if isinstance(answer, Prediction):
             self.guess = answer.mode.detach()
         elif isinstance(answer, Scores) and isinstance(request, Score):
-            self._scored(request, answer.value)
+            self._scored(request, answer.value.detach())
 
     def seen(self, request: Score) -> None:
         """Keeps pictures that are about to be scored, in case the reward fails."""
@@ -204,7 +204,9 @@ class Engine:
                 self._advance(task, pending, error)
                 continue
             shared = id(task.reward) if isinstance(request, Score) else None
-            groups.setdefault((request.grad, shared), []).append(task)  # type: ignore[union-attr]
+            if request.grad:  # type: ignore[union-attr]
+                shared = id(task)  # the first to differentiate would free the others' graph
+            groups.setdefault(shared, []).append(task)
         for group in groups.values():
             requests = [pending[t] for t in group]
             answers = self._answers(group, requests)

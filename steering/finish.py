@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steering.engine import Engine, Task
-from steering.errors import RewardError, SteeringError
+from steering.errors import SteeringError
 from steering.loading import describe
 from steering.method import as_float64, method_options
 from steering.model import Model
@@ -68,8 +68,10 @@ class Finisher:
                 scores = score(task.reward, best.image, [task.prompt])
                 task.ledger.charge("reward_calls", 1)
                 best.reward = float(scores.value[0])
-            except RewardError:
-                pass  # the picture is worth keeping without its score
+            except Exception:
+                # A picture is worth keeping without its score, and what fails here has failed
+                # the task already: it must not take the other tasks' results with it.
+                best.reward = float("nan")
         if best.image is None or best.x0 is None:
             return None
         return Outcome(
