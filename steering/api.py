@@ -72,7 +72,8 @@ def steer(
     many = len(model.prompts) > 1 or not (prompt is None or isinstance(prompt, str))
     try:
         guide = resolve_reward(reward, model)
-        verifiers = [resolve_reward(r, model) for r in _listed(heldout)]
+        listed = _listed(heldout)
+        verifiers = [guide if r is reward else resolve_reward(r, model) for r in listed]
         _distinct(guide, verifiers)
         tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed)
         limit = getattr(model, "max_batch", None) or 64 if max_batch is None else max_batch
