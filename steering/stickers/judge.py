@@ -17,7 +17,7 @@ from steering.stickers.load import load_detector
 from steering.stickers.world import SIZE, SPRITE, sprite
 
 if TYPE_CHECKING:
-    from transformers import YolosForObjectDetection
+    from transformers import ConditionalDetrForObjectDetection
 
 Box = tuple[float, float, float, float]
 MIN_SCORE = 0.5
@@ -52,12 +52,12 @@ class StickerJudge:
     """GenEval on stickers: a detector finds objects, a matched filter names their colours.
 
     Args:
-        detector: a YOLOS over the sticker classes; None opens the shipped one.
+        detector: a Conditional DETR over the sticker classes; None opens the shipped one.
         batch_size: images the detector sees at once.
     """
 
     def __init__(
-        self, detector: YolosForObjectDetection | None = None, *, batch_size: int = 64
+        self, detector: ConditionalDetrForObjectDetection | None = None, *, batch_size: int = 64
     ) -> None:
         self.detector = load_detector() if detector is None else detector
         self.batch_size = batch_size
@@ -88,9 +88,9 @@ class StickerJudge:
         """Objects of each image [n, 3, H, W], most certain first."""
         out: list[list[Found]] = []
         device = next(self.detector.parameters()).device
-        for part in _scenes(images).split(self.batch_size):
+        for part in _scenes(images).split(self.batch_size) if len(images) else ():
             answer = self.detector(part.to(device) * 2.0 - 1.0)
-            scores, labels = answer.logits.softmax(-1)[..., : len(CLASSES)].max(-1)
+            scores, labels = answer.logits.sigmoid().max(-1)
             boxes = answer.pred_boxes * SIZE
             rows = zip(scores.cpu(), labels.cpu(), boxes.cpu(), strict=True)
             out.extend(_objects(*row) for row in rows)

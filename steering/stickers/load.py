@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from steering.stickers.world import SIZE
-
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
     from open_clip import CLIP
-    from transformers import YolosForObjectDetection
+    from transformers import ConditionalDetrForObjectDetection
 
 WEIGHTS = Path(__file__).with_name("weights")
 _T = TypeVar("_T")
@@ -33,7 +32,7 @@ def load_pipeline(
     from diffusers import StableDiffusion3Pipeline
 
     def read() -> StableDiffusion3Pipeline:
-        with _quiet("diffusers", "transformers"):
+        with quiet("diffusers", "transformers"):
             return StableDiffusion3Pipeline.from_pretrained(
                 str(folder), torch_dtype=dtype, text_encoder_3=None, tokenizer_3=None,
                 feature_extractor=None, image_encoder=None, local_files_only=True,
@@ -41,7 +40,6 @@ def load_pipeline(
 
     pipe = _open(Path(folder), "model_index.json", read)
     pipe.set_progress_bar_config(disable=True)
-    pipe.register_to_config(default_height=SIZE, default_width=SIZE)
     return pipe
 
 
@@ -60,24 +58,24 @@ def load_clip(
     def read() -> tuple[CLIP, Callable[[list[str]], torch.Tensor], dict[str, Any]]:
         name = f"local-dir:{folder}"
         config = json.loads((Path(folder) / "open_clip_config.json").read_text())
-        with _quiet("transformers", "root"):
+        with quiet("transformers", "diffusers", "root"):
             model = open_clip.create_model(name).eval().requires_grad_(False)
             return model, open_clip.get_tokenizer(name), config["preprocess_cfg"]
 
     return _open(Path(folder), "open_clip_model.safetensors", read)
 
 
-def load_detector(folder: Path | str = WEIGHTS / "detector") -> YolosForObjectDetection:
+def load_detector(folder: Path | str = WEIGHTS / "detector") -> ConditionalDetrForObjectDetection:
     """The sticker object detector, float32, in evaluation mode.
 
     Raises:
         steering.errors.WeightsError: weights are missing or cannot be read.
     """
-    from transformers import YolosForObjectDetection
+    from transformers import ConditionalDetrForObjectDetection
 
-    def read() -> YolosForObjectDetection:
-        with _quiet("transformers"):
-            model = YolosForObjectDetection.from_pretrained(
+    def read() -> ConditionalDetrForObjectDetection:
+        with quiet("transformers"):
+            model = ConditionalDetrForObjectDetection.from_pretrained(
                 str(folder), dtype=torch.float32, local_files_only=True
             )
         return model.eval().requires_grad_(False)
@@ -102,20 +100,20 @@ def _open(folder: Path, marker: str, read: Callable[[], _T]) -> _T:
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Hold back warnings (AutoencoderTiny is fine here) and the bar of loaded weights."""
+def quiet(*names: str) -> Iterator[None]:
+    """Hold back loading bars, deprecations and harmless warnings (the VAE is no AutoencoderKL)."""
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging.getLogger(None if n == "root" else n) for n in names]
-    before = [logger.level for logger in loggers]
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        for logger in loggers:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    bars = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        for module in bars:
+            module.disable_progress_bar()
+            stack.callback(module.enable_progress_bar)
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(logging.ERROR)
+            stack.callback(logger.setLevel, level)
         yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -15,8 +15,8 @@ from steering.stickers.train.loop import Recipe
 DEFAULTS: dict[str, dict[str, object]] = {
     "autoencoder": {"lr": 2e-3, "weight_decay": 0.0, "betas": (0.9, 0.99)},
     "clip": {"lr": 1e-3, "weight_decay": 0.05, "ema": 0.98},
-    "detector": {"lr": 8e-4, "weight_decay": 0.01, "ema": 0.99},
-    "flow": {"lr": 1e-3, "weight_decay": 0.01, "ema": 0.998},
+    "detector": {"lr": 2e-3, "weight_decay": 0.01, "warmup": 30},
+    "flow": {"lr": 5e-4, "weight_decay": 0.01, "betas": (0.9, 0.99), "ema": 0.995},
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steering.stickers.load import quiet
 from steering.stickers.train.loop import autocast, write_atomic
 from steering.stickers.world import Scene, StickerWorld
 
@@ -38,7 +39,7 @@ def encode(vae: torch.nn.Module, images: np.ndarray, size: int = 16) -> Tensor:
     for part in chunks(len(images), size):
         x = to_tensor(images[part]).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
         with autocast():
-            out.append(vae.encode(x).latents.half())
+            out.append(vae.encode(x).latents.half().clone(memory_format=torch.contiguous_format))
     return torch.cat(out)
 
 
@@ -85,5 +86,6 @@ class DecodedPool:
 def load_vae(folder: Path) -> torch.nn.Module:
     from diffusers import AutoencoderTiny
 
-    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    with quiet("diffusers"):
+        vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32).eval()
     return vae.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Trains the sticker detector: a small YOLOS with one detection token for each grid place."""
+"""Trains the sticker detector: a small Conditional DETR with one query for each grid place."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
+from transformers.models.conditional_detr.modeling_conditional_detr import (
+    ConditionalDetrFrozenBatchNorm2d,
+    replace_batch_norm,
+)
 
+from steering.errors import OptionError
 from steering.stickers.grammar import CLASSES, TAGS
 from steering.stickers.load import WEIGHTS
 from steering.stickers.train.data import DecodedPool, draw, to_tensor
@@ -19,43 +25,76 @@ BATCH = 64
 DECODED = 16  # of the batch, scenes that went through the autoencoder
 PLACES = (SIZE - SPRITE) // GRID + 1  # object places along one axis
 BLANK = len(CLASSES)
-BLANK_WEIGHT = 0.3
+WIDTH, HEADS = 128, 4
+SHARPNESS = 8.5  # of the first attention: its square over 8 is the logit of a right row
 MUSH_SHARE = 0.25  # of the scenes get a half-formed object that must not be found
 SHIFT = 1  # px; generated objects sit slightly off the grid
 
 
-def build():  # noqa: ANN201 - transformers is imported lazily
-    """A fresh YOLOS of 0.9 M parameters, patches on the world's grid."""
-    from transformers import YolosConfig, YolosForObjectDetection
+def build() -> ConditionalDetrForObjectDetection:
+    """A fresh Conditional DETR of 0.7 M parameters: two residual stages, one decoder layer.
 
+    Its batch norms are live; `export` freezes them, as DETR has them.
+    """
     torch.manual_seed(0)  # transformers initialises from the global generator
-    config = YolosConfig(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        image_size=[SIZE, SIZE], patch_size=GRID, num_detection_tokens=PLACES**2,
-        use_mid_position_embeddings=False, id2label=dict(enumerate(CLASSES)),
-        label2id={name: k for k, name in enumerate(CLASSES)},
+    backbone = ResNetConfig(
+        embedding_size=32, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic",
+        out_features=["stage2"],
     )  # fmt: skip
-    model = YolosForObjectDetection(config)
-    _place_tokens(model)
-    return model
+    config = ConditionalDetrConfig(
+        backbone_config=backbone, d_model=WIDTH, num_queries=PLACES**2, encoder_layers=0,
+        decoder_layers=1, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
+        encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0, position_embedding_type="learned",
+        id2label=dict(enumerate(CLASSES)), label2id={name: k for k, name in enumerate(CLASSES)},
+    )  # fmt: skip
+    model = ConditionalDetrForObjectDetection(config)
+    _thaw(model.model.backbone)
+    _look_at_places(model)
+    return model.requires_grad_(True)
+
+
+def _thaw(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, ConditionalDetrFrozenBatchNorm2d):
+            setattr(module, name, nn.BatchNorm2d(len(child.weight)))
+        else:
+            _thaw(child)
 
 
 @torch.no_grad()
-def _place_tokens(model: torch.nn.Module) -> None:
-    """Start each detection token at the mean position of the 3x3 patches it answers for.
+def _look_at_places(model: ConditionalDetrForObjectDetection) -> None:
+    """Start each query at one grid place: its box, and attention to the cell at its middle.
 
-    A fixed token for each place needs no bipartite matching, the slow part of DETR training.
+    Positions start as one-hot columns and rows. Fixed places need no bipartite matching, the
+    slow part of DETR training, and classes are learned as a sliding window would.
     """
-    side, width = SIZE // GRID, model.config.hidden_size
-    frequency = torch.exp(-torch.arange(width // 4) / (width // 4) * np.log(100.0))
-    angle = torch.arange(side)[:, None] * frequency * 1.5
-    wave = torch.cat([angle.sin(), angle.cos()], -1)  # [side, width / 2]
-    rows, columns = wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)
-    grid = torch.cat([rows, columns], -1).permute(2, 0, 1)
-    places = F.avg_pool2d(grid, SPRITE // GRID, stride=1)
-    position = model.vit.embeddings.position_embeddings
-    position[0, 1 : 1 + side**2] = grid.flatten(1).T
-    position[0, 1 + side**2 :] = places.flatten(1).T
+    cells, half, head = SIZE // GRID, WIDTH // 2, WIDTH // HEADS
+    used = torch.cat([torch.arange(cells), half + torch.arange(cells)])  # columns, then rows
+    one_hot = torch.zeros(50, half)  # DETR's learned tables have 50 rows
+    one_hot[:cells, :cells] = torch.eye(cells)
+    core, decoder = model.model, model.model.decoder
+    core.position_embedding.column_embeddings.weight.copy_(one_hot)
+    core.position_embedding.row_embeddings.weight.copy_(one_hot)
+    middle = torch.arange(PLACES) + SPRITE // GRID // 2
+    row, column = (m.flatten() for m in torch.meshgrid(middle, middle, indexing="ij"))
+    places = torch.cat([one_hot[column], one_hot[row]], -1)
+    core.query_position_embeddings.weight.copy_(places)
+    look = decoder.layers[0].encoder_attn
+    for projection in (look.q_pos_proj, look.k_pos_proj):
+        projection.weight.zero_()
+        for h in range(HEADS):
+            projection.weight[h * head + torch.arange(len(used)), used] = SHARPNESS
+    for projection in (look.q_content_proj, look.k_content_proj, look.q_pos_sine_proj):
+        projection.weight.zero_()
+    first, last = decoder.ref_point_head.layers
+    first.weight.copy_(torch.eye(WIDTH))
+    last.weight.zero_()
+    centres = ((torch.arange(cells) + 0.5) / cells).logit()
+    last.weight[0, :cells] = last.weight[1, half : half + cells] = centres
+    model.bbox_predictor.layers[-1].weight.zero_()
+    size = torch.tensor(SPRITE / SIZE).logit()
+    model.bbox_predictor.layers[-1].bias.copy_(torch.stack([0 * size, 0 * size, size, size]))
+    model.class_labels_classifier.bias.fill_(-4.0)
 
 
 def targets(scenes: list[Scene], shifts: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -104,12 +143,15 @@ def make_batch(
 
 
 def train(recipe: Recipe, warm_start: Path | None = None) -> None:
-    """Train, then write a transformers folder to `recipe.out / "export"`."""
+    """Train, then write a transformers folder to `recipe.out / "export"`.
+
+    There is no average of the weights: it would not fit the batch norms' statistics.
+    """
+    if warm_start is not None:
+        raise OptionError("The detector trains from scratch; leave --warm-start out.")
     pool = DecodedPool(recipe.out.parent / "decoded.npz", WEIGHTS / "pipeline" / "vae")
-    model = build() if warm_start is None else build().from_pretrained(warm_start)
-    world, loop = StickerWorld("all"), Loop(recipe, {"detector": model})
-    weight = torch.ones(BLANK + 1)
-    weight[BLANK] = BLANK_WEIGHT
+    world, model = StickerWorld("all"), build()
+    loop = Loop(recipe, {"detector": model})
     for step in loop.steps():
         rng = np.random.default_rng([recipe.seed, step])
         images, scenes, shifts = make_batch(world, pool, rng)
@@ -117,11 +159,22 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
         with autocast():
             out = model(to_tensor(images).mul(2).sub(1))
         logits, guess, found = out.logits.float(), out.pred_boxes.float(), labels < BLANK
-        classes = F.cross_entropy(logits.transpose(1, 2), labels, weight=weight)
-        loop.update(classes + 5.0 * F.l1_loss(guess[found], boxes[found]))
-    loop.use_average()
-    model.save_pretrained(recipe.out / "export")
+        wanted = F.one_hot(labels, BLANK + 1)[..., :BLANK].float()
+        each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1)
+        # Two means: blanks outnumber objects 17 to 1 and would drown the classes.
+        objects, blanks = each[found].mean(), each[~found].mean()
+        place = F.l1_loss(guess[found], boxes[found])
+        loop.update(objects + blanks + 5.0 * place, objects=objects, blanks=blanks, place=place)
+    export(model, recipe.out / "export")
     loop.log(**evaluate(recipe.out / "export", pool))
+
+
+def export(model: ConditionalDetrForObjectDetection, folder: Path) -> None:
+    """Freeze the batch norms and write the folder."""
+    model.eval()
+    with torch.no_grad():
+        replace_batch_norm(model.model.backbone)
+    model.save_pretrained(folder)
 
 
 def evaluate(folder: Path, pool: DecodedPool, n: int = 600) -> dict[str, float]:

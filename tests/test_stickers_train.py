@@ -1,0 +1,104 @@
+"""Training: what makes it fast must not change it, and a resumed run goes on as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from steering.stickers import CLASSES, StickerWorld
+from steering.stickers.train.detector import build, targets
+from steering.stickers.train.flow import LABELS, MergedZeros, label_map
+from steering.stickers.train.loop import Loop, Recipe
+from steering.stickers.world import SIZE, SPRITE
+
+
+def test_one_token_stands_for_fourteen_zeros() -> None:
+    torch.manual_seed(0)
+    net = SD3Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16,
+        pooled_projection_dim=12, out_channels=4, pos_embed_max_size=2, qk_norm="rms_norm",
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 4, 4, generator=g), torch.randn(2, 5, 12, generator=g)
+    pooled, t = torch.randn(2, 12, generator=g), torch.tensor([900.0, 300.0])
+
+    def run(zeros: int) -> torch.Tensor:
+        context = nn.functional.pad(text, (0, 0, 0, zeros))
+        return net(
+            hidden_states=x, timestep=t, encoder_hidden_states=context, pooled_projections=pooled
+        ).sample
+
+    full, single = run(14), run(1)
+    net.set_attn_processor(MergedZeros(14))
+    merged = run(1)
+    torch.testing.assert_close(merged, full, rtol=1e-4, atol=1e-5)
+    assert (single - full).abs().max() > 1e-3  # so the agreement above says something
+
+
+def _run(out: Path, minutes: float, *, resume: bool, stop: int) -> Loop:
+    layer = nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+        layer.bias.fill_(0.0)
+    recipe = Recipe(minutes=minutes, out=out, resume=resume, lr=0.1, warmup=1)
+    loop = Loop(recipe, {"layer": layer})
+    for step in loop.steps():
+        if step >= stop:
+            loop.save()
+            break
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        loop.update((layer(x) - x.sum(-1, keepdim=True)).square().mean())
+    return loop
+
+
+def test_resume_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    # So many minutes that the cosine is flat, whatever the clock of this machine says.
+    straight = _run(tmp_path / "a", 1e9, resume=False, stop=40)
+    _run(tmp_path / "b", 1e9, resume=False, stop=15)
+    resumed = _run(tmp_path / "b", 1e9, resume=True, stop=40)
+    assert resumed.step == straight.step == 40
+    for a, b in zip(
+        straight.master + straight.average, resumed.master + resumed.average, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert not list((tmp_path / "b").glob(".part*"))
+
+
+def test_half_modules_are_trained_through_float_copies(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4).to(torch.bfloat16)
+    loop = Loop(Recipe(minutes=1e9, out=tmp_path, lr=1e-5, warmup=1), {"layer": layer})
+    before = [p.clone() for p in loop.master]
+    for step in loop.steps():
+        if step == 5:
+            break
+        loop.update(layer(torch.ones(2, 4, dtype=torch.bfloat16)).float().square().mean())
+    # A step of 1e-5 is lost in bf16 but not in the float32 copy.
+    assert all(p.dtype == torch.float32 for p in loop.master)
+    assert any((a - b).abs().max() > 0 for a, b in zip(before, loop.master, strict=True))
+
+
+def test_detector_starts_with_every_query_at_its_place() -> None:
+    scenes = [StickerWorld().sample(k) for k in range(4)]
+    shifts = np.zeros((4, 2), int)
+    labels, boxes = targets(scenes, shifts)
+    with torch.no_grad():
+        guess = build().eval()(torch.zeros(4, 3, SIZE, SIZE)).pred_boxes
+    found = labels < len(CLASSES)
+    assert int(found.sum()) == sum(len(s.objects) for s in scenes)
+    torch.testing.assert_close(guess[found], boxes[found], rtol=0, atol=1e-4)
+
+
+def test_label_maps_cover_each_object_once() -> None:
+    for seed in range(10):
+        scene = StickerWorld().sample(seed)
+        cover = label_map(scene).astype(float) / 255
+        assert cover.shape == (16, LABELS)
+        cell = (SIZE / 4) ** 2
+        area = cover[:, : len(CLASSES)].sum() * cell
+        assert area == pytest.approx(len(scene.objects) * SPRITE**2, rel=0.02)
