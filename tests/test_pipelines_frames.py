@@ -185,6 +185,15 @@ def test_forced_mixing_and_grouping():
     torch.testing.assert_close(together, grouped, rtol=1e-4, atol=1e-5)
 
 
+def test_a_self_test_inside_a_run_is_not_charged_to_it():
+    _, model = wrapped("flux")
+    x, times = draw(model, 3), model.grid().times
+    model.predict(x, times[:3])
+    assert model.rows == 3
+    assert 0 < model.probe_rows <= 20
+    model.close()
+
+
 def test_wrong_forcing_is_what_the_self_test_is_for():
     # Truncated guidance depends on the loop's index: one call for two times must be wrong.
     _, right = wrapped("lumina2")
@@ -200,7 +209,8 @@ def test_wrong_forcing_is_what_the_self_test_is_for():
 def test_probes_are_few():
     _, model = wrapped("sd3_skip_layers")
     assert model.costs() == (2, 3, 3, 2)
-    assert model.rows == 2  # one real call; the other steps are walked with stand-ins
+    assert model.probe_rows == 2  # one real call; the other steps are walked with stand-ins
+    assert model.rows == 0
     assert "step 1" in model.mixing_reason
     model.close()
 
@@ -327,6 +337,18 @@ def test_check_finds_a_wrong_schedule(monkeypatch):
     report = check(pipe, **kwargs)
     assert not report.ok
     assert report.latents[1] > 1e-2
+
+
+def test_image_to_video_without_text():
+    pipe, kwargs = tiny.stable_video()
+    report = check(pipe, **kwargs)
+    assert report.latents == {1: 0.0, 2: 0.0}
+    assert report.pixels == 0.0
+    assert (report.family, report.prediction) == ("ve", "v")
+    assert report.ok, report.table()
+    with wrap(pipe, **kwargs) as model:
+        assert model.prompts == (None,)
+        assert model.decode(model.noise(2, NoiseKey(1))).shape == (2, 2, 3, 16, 16)
 
 
 def test_check_takes_a_wrapped_model():

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import diffusers as D
 import torch
 import transformers as H
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 FOX = "a painting of a red fox in the snow"
@@ -841,3 +842,62 @@ def build(name: str, *, steps: int = 4, prompt: str | list[str] = FOX) -> Setup:
 def shared(name: str) -> Setup:
     """``build(name)``, once: for tests that do not change the pipeline."""
     return build(name)
+
+
+def stable_video() -> Setup:
+    """Image to video, without any text: the image is noised before it becomes a condition."""
+    unet = alive(
+        lambda: D.UNetSpatioTemporalConditionModel(
+            sample_size=8,
+            in_channels=8,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=32,
+            num_attention_heads=2,
+            projection_class_embeddings_input_dim=96,
+            addition_time_embed_dim=32,
+        )
+    )
+    vae = alive(
+        lambda: D.AutoencoderKLTemporalDecoder(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(32, 64),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            latent_channels=4,
+        )
+    )
+    vision = H.CLIPVisionConfig(
+        hidden_size=32,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=37,
+        image_size=224,
+        patch_size=56,
+    )
+    scheduler = D.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        sigma_min=0.002,
+        sigma_max=700.0,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    pipe = D.StableVideoDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        image_encoder=alive(lambda: H.CLIPVisionModelWithProjection(vision)),
+        feature_extractor=H.CLIPImageProcessor(crop_size=224, size=224),
+        scheduler=scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pixels = (255 * _picture(32)[0].permute(1, 2, 0)).to(torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    return pipe, {"image": image, **_clip(2, 16), "num_inference_steps": 3, "decode_chunk_size": 2}

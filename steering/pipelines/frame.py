@@ -223,24 +223,30 @@ class Frame:
         self._calls_of_prepare += 1
         if self._calls_of_prepare > 1:
             return self._real_prepare(*args, **kwargs)
-        # What comes beside the latents (position ids, image conditions) depends on the width only.
-        out = self.script.prepared.get(self.width) if self.first is not None else None
-        if out is None:
+        known = self.script.prepared.get(self.width) if self.first is not None else None
+        if known is None:
             with torch.no_grad():
                 out = self._real_prepare(*args, **kwargs)
-        self.latents = out[0] if isinstance(out, tuple) else out
-        if self.latents.shape[0] != self.width:
+            self.latents = out[0] if isinstance(out, tuple) else out
+            self._check_width(len(self.latents))
+            if self.stop == "latents":
+                raise Stop
+            if self.first is None:
+                return out
+            rest = out[1:] if isinstance(out, tuple) else None
+            known = self.script.keep(self.width, (self.latents.new_empty(0), rest))
+        # What comes beside the latents (position ids, image conditions) depends on the width only.
+        like, rest = known
+        assert self.first is not None
+        self._given = self.first.x.to(like)
+        return self._given if rest is None else (self._given, *rest)
+
+    def _check_width(self, got: int) -> None:
+        if got != self.width:
             raise PipelineError(
-                f"{self.script.name} prepared {self.latents.shape[0]} latents for {self.width} "
-                "prompts: it does not take a list of prompts, so rows cannot be batched."
+                f"{self.script.name} prepared {got} latents for {self.width} prompts: it does not "
+                "take a list of prompts, so rows cannot be batched."
             )
-        if self.stop == "latents":
-            raise Stop
-        if self.first is None:
-            return out
-        self.script.prepared[self.width] = out
-        self._given = self.first.x.to(self.latents)
-        return (self._given, *out[1:]) if isinstance(out, tuple) else self._given
 
     def _answer(self, output: Tensor, sample: Tensor) -> StepOutput:
         if self._given is None:

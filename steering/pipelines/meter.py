@@ -45,28 +45,29 @@ class Meter:
 
     Attributes:
         rows: network rows so far.
+        probes: rows spent on finding out how the pipeline behaves.
     """
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
-        self.rows = 0
-        self._active = False
+        self.rows = self.probes = 0
+        self._counter: str | None = None
         hook = torch.compiler.disable(self._count)
         self._hooks = [
             net.register_forward_pre_hook(hook, with_kwargs=True) for net in networks.values()
         ]
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._active:
-            self.rows += count_rows(args, kwargs)
+        if self._counter is not None:
+            setattr(self, self._counter, getattr(self, self._counter) + count_rows(args, kwargs))
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self, counter: str = "rows") -> Iterator[None]:
         """Counts the calls made inside, not those of the user's own pipeline beside it."""
-        before, self._active = self._active, True
+        before, self._counter = self._counter, counter
         try:
             yield
         finally:
-            self._active = before
+            self._counter = before
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -73,6 +73,10 @@ class Arguments:
                 self.shared[name] = value
         texts = self.per_prompt.get("prompt")
         self.prompts = tuple(texts) if texts else (None,) * count
+        #: num_images_per_prompt, num_videos_per_prompt: what says the width without prompts
+        self.counter = next(
+            (k for k in self.known if k.startswith("num_") and k in _INSTEAD), None
+        )
 
     def _row_values(self, name: str, values: list, count: int) -> None:
         if len(values) == 1:
@@ -96,6 +100,8 @@ class Arguments:
         for name, values in self.per_prompt.items():
             rows = [values[c] for c in conds]
             out[name] = torch.cat(rows) if isinstance(rows[0], Tensor) else rows
+        if self.counter and not self.per_prompt:
+            out[self.counter] = len(conds)
         decided = {"output_type": output_type, "generator": generator, "return_dict": False}
         out.update({k: v for k, v in decided.items() if k in self.known})
         return out

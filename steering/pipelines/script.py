@@ -7,13 +7,15 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steering.errors import PipelineError
+from steering.noise import NoiseKey
 from steering.paths import Time
 from steering.pipelines.frame import Frame, Query, RowTimes, inverted
 from steering.pipelines.prompts import Arguments, PromptMemo
@@ -21,6 +23,7 @@ from steering.pipelines.schedule import Schedule, read_schedule
 
 _MAX_FRAMES = 32
 _MAX_ROWS = 256
+_MAX_WIDTHS = 16
 
 
 class Script:
@@ -28,7 +31,7 @@ class Script:
 
     Attributes:
         schedule: None until the first frame has looked.
-        prepared: what prepare_latents returned, by width.
+        prepared: what prepare_latents returned beside its latents, by width.
         event_shape: shape of one state in the loop.
     """
 
@@ -40,8 +43,9 @@ class Script:
         narrow = getattr(pipe, "dtype", torch.float32) in (torch.float16, torch.bfloat16)
         can_encode = hasattr(pipe, "encode_prompt")
         self.encode = PromptMemo(0.05 if narrow else 1e-3) if can_encode else None
-        self.prepared: dict[int, Any] = {}
+        self.prepared: OrderedDict[int, tuple[Tensor, tuple | None]] = OrderedDict()
         self.schedule: Schedule | None = None
+        self._key: NoiseKey | None = None
         self._frames: OrderedDict[tuple, Frame] = OrderedDict()
         self._look()
 
@@ -67,7 +71,22 @@ class Script:
 
     def seed(self, width: int) -> Any:
         """Equal generators for each row, so that frames do not depend on global random state."""
+        if self._key is not None:
+            return [self._key.at(slot=k).generator() for k in range(width)]
         return [torch.Generator("cpu").manual_seed(0) for _ in range(width)]
+
+    @contextmanager
+    def seeded(self, key: NoiseKey) -> Iterator[None]:
+        """Frames draw what they draw beside the latents (noise on an image condition) from key."""
+        self.close()
+        self.prepared.clear()
+        self._key = key
+        try:
+            yield
+        finally:
+            self.close()
+            self.prepared.clear()
+            self._key = None
 
     def query(self, x: Tensor, times: Sequence[Time]) -> Query:
         """A question about rows x at one level, or at one level each."""
@@ -106,6 +125,13 @@ class Script:
             _, oldest = self._frames.popitem(last=False)
             rows -= oldest.width
             oldest.close()
+
+    def keep(self, width: int, value: tuple[Tensor, tuple | None]) -> tuple[Tensor, tuple | None]:
+        """Remembers what comes beside the latents of one width, for the last few widths."""
+        self.prepared[width] = value
+        while len(self.prepared) > _MAX_WIDTHS:
+            self.prepared.popitem(last=False)
+        return value
 
     def close(self) -> None:
         """Frees all parked frames."""

@@ -103,7 +103,7 @@ class WrappedPipeline:
     def mixed_times(self) -> bool:
         """Whether rows at different times share calls; "auto" runs its self-test on first use."""
         if self._mixed == "auto":
-            with self._meter.on():
+            with self._meter.on("probes"):
                 self._mixed = (
                     len(self._networks) == 1  # experts part at a time we cannot see
                     and self._plan().uniform
@@ -122,8 +122,13 @@ class WrappedPipeline:
 
     @property
     def rows(self) -> int:
-        """Network rows evaluated so far, probes included."""
+        """Network rows evaluated for predict() so far."""
         return self._meter.rows
+
+    @property
+    def probe_rows(self) -> int:
+        """Network rows spent by costs() and the self-test of ``mixed_times``, once per model."""
+        return self._meter.probes
 
     def grid(self) -> Grid:
         """The noise levels as the pipeline itself set them."""
@@ -138,13 +143,13 @@ class WrappedPipeline:
 
     def _plan(self) -> Plan:
         if self._found_plan is None:
-            with self._meter.on():
+            with self._meter.on("probes"):
                 try:
                     self._found_plan = make_plan(self._script)
                 except PipelineError:
                     raise
                 except Exception as why:  # a pipeline that looks into its network's output
-                    costs = probe_costs(self._script, lambda: self._meter.rows)
+                    costs = probe_costs(self._script, lambda: self.probe_rows)
                     self._found_plan = Plan(costs, False, f"no dry run: {why!r}")
         return self._found_plan
 
@@ -264,7 +269,14 @@ class WrappedPipeline:
             generator=script.seed(len(x)),
             output_type="pt",
         )
-        return frame.run(grad)[0].float()
+        out = frame.run(grad)
+        images = out if isinstance(out, Tensor) else out[0]  # some return no tuple
+        if not isinstance(images, Tensor) or len(images) != len(x):
+            raise PipelineError(
+                f"{self.name} decoded {len(x)} states to {type(images).__name__} of length "
+                f"{len(images)}; a tensor with one entry per state was expected."
+            )
+        return images.float()
 
     def close(self) -> None:
         """Frees parked frames and removes the row counters from the networks."""
