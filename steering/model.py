@@ -24,8 +24,6 @@ class Model(Protocol):
         name: for reports.
         path: the noising path in the model's own coordinates.
         prompts: one entry per condition (None where a model takes no text).
-        mixed_times: whether rows at different times may share one call of ``predict``.
-        rows: network rows evaluated so far, counted by a hook on the network itself.
     """
 
     name: str
@@ -34,8 +32,16 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     prompts: tuple[str | None, ...]
-    mixed_times: bool
-    rows: int
+
+    @property
+    def mixed_times(self) -> bool:
+        """Whether rows at different times may share one call of ``predict``."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Network rows evaluated so far, counted by a hook on the network itself."""
+        ...
 
     def grid(self) -> Grid:
         """The model's own noise levels."""
