@@ -391,6 +391,26 @@ def test_cancelling_returns_the_best_so_far(tmp_path) -> None:
     assert (tmp_path / "000.png").is_file()
 
 
+def test_a_finished_picture_beats_any_preview() -> None:
+    """Previews score high, finished pictures low; the run stops between two chunks of them."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Slow(Echo):
+        def run(self, ctx):
+            x = ctx.noise(4)
+            yield Score(x + 100.0, x)
+            yield Score(x, x, final=True)
+            yield Score(x + 200.0, x)
+            yield Score(x - 1.0, x - 1.0, final=True)
+            raise KeyboardInterrupt
+
+    result = steer(Watched(), LINE, Slow(n=4))
+    assert result.cancelled
+    assert not result.preview
+    assert result.best_reward == pytest.approx(float(result.samples[0]))
+    assert result.best_reward < 50.0
+
+
 def test_cancelling_before_any_preview_decodes_one() -> None:
     result = steer(Watched(), LINE, BestOfN(n=4), cancelled=Switch(2))
     assert result.cancelled

@@ -256,6 +256,31 @@ def test_twins_part_after_resampling() -> None:
     assert len(result.samples.unique()) == 16
 
 
+def test_every_resampling_has_numbers_of_its_own() -> None:
+    """Ancestors differ between prompts and between checkpoints, also where weights agree."""
+    method = FK(
+        n_particles=16,
+        reward_scale=0.0,
+        resample="always",
+        resampler="multinomial",
+        checkpoints=CHECKPOINTS,
+    )
+    results = steer(line(("p", "p", "p")), LINE, method, seed=[0, 1, 0])
+    found = [r.trace.ancestors for r in results]
+    assert found[0] == found[2]
+    drawn = {tuple(a) for run in found for a in run}
+    assert len(drawn) == 2 * len(CHECKPOINTS)
+
+
+def test_the_potential_of_draws_is_their_log_mean_exp() -> None:
+    """With a constant reward every number of draws gives that constant."""
+    for draws in (1, 4):
+        method = FK(n_particles=3, reward_scale=2.0, n_draws=draws, checkpoints=(0.5,))
+        result = steer(line(), lambda images: torch.full((len(images),), 1.5), method)
+        assert result.trace.column("rewards")[0] == pytest.approx([1.5] * 3)
+        assert result.log_z == pytest.approx(3.0)
+
+
 # --- limits ---------------------------------------------------------------------------------
 
 MODELS = {"exact": lambda: line(), "path": lambda: line(kernel="path"), "chain": chain}
