@@ -248,10 +248,46 @@ def test_a_cache_between_steps_is_refused():
 def test_blending_inpainting_is_refused():
     base, kwargs = tiny.build("sd")
     pipe = D.StableDiffusionInpaintPipeline(**base.components, requires_safety_checker=False)
-    image, mask = torch.rand(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 1, 16, 16)
     mask[..., 8:] = 1.0
     with pytest.raises(PipelineError, match="alters the state"):
         wrap(pipe, **kwargs, image=image, mask_image=mask, strength=1.0)
+
+
+def test_inpainting_by_input_channels_is_driven():
+    base, kwargs = tiny.build("sd")
+    config = {**base.unet.config, "in_channels": 9}
+    parts = {**base.components, "unet": tiny.alive(lambda: type(base.unet).from_config(config))}
+    pipe = D.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1.0
+    report = check(pipe, **kwargs, image=image, mask_image=mask)
+    assert report.latents == {1: 0.0, 2: 0.0}
+    assert report.ok, report.table()
+
+
+def test_keeping_a_first_frame_is_refused():
+    base, kwargs = tiny.build("ltx")
+    pipe = D.LTXImageToVideoPipeline(**base.components)
+    with pytest.raises(PipelineError, match="alters the state"):
+        wrap(pipe, **kwargs, image=torch.zeros(1, 3, 32, 32))
+
+
+def test_a_decoder_that_wants_what_the_loop_made():
+    base, kwargs = tiny.build("sd")
+    config = {k: v for k, v in base.unet.config.items() if k != "_use_default_values"}
+    unet = tiny.alive(lambda: type(base.unet).from_config({**config, "time_cond_proj_dim": 32}))
+    scheduler = D.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    parts = {**base.components, "unet": unet, "scheduler": scheduler}
+    pipe = D.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    del kwargs["negative_prompt"]
+    report = check(pipe, **kwargs)
+    assert report.latents == {1: 0.0, 2: 0.0}
+    assert report.pixels == 0.0
+    assert report.costs == (1, 1, 1, 1)
+    assert report.ok, report.table()
 
 
 def test_an_unknown_scheduler_is_refused():

@@ -53,12 +53,14 @@ class Query:
         times: one level for all rows, or one per row.
         net: the loop's ``t``: a number, or a :class:`RowTimes` [width].
         index: the loop's ``i``.
+        leave: leave the loop with x instead.
     """
 
     x: Tensor
     times: tuple[Time, ...]
     net: Tensor
     index: int
+    leave: bool = False
 
 
 class DrivenTimesteps(torch.Tensor):
@@ -139,7 +141,6 @@ class Frame:
         script: the pipeline and its arguments.
         conds: the prompt of each row.
         query: the first question; None for a frame that is never asked.
-        leave: leave the loop at once with the query's x (decoding).
         stop: "latents" or "loop" ends the run there, to look at what the pipeline prepared.
         generator: for prepare_latents and the decoder.
         parts: components to put in place of the pipeline's own, by name.
@@ -151,15 +152,14 @@ class Frame:
         conds: Sequence[int],
         query: Query | None = None,
         *,
-        leave: bool = False,
         stop: str | None = None,
-        generator: Any = None,
+        generator: torch.Generator | list[torch.Generator],
         output_type: str = "latent",
         parts: Mapping[str, object] | None = None,
     ) -> None:
         self.script, self.conds, self.width = script, tuple(conds), len(conds)
         self.first = query
-        self.query = None if leave else query
+        self.query = None if query is None or query.leave else query
         self.stop = stop
         self.latents: Tensor | None = None
         self.walked: Tensor | None = None
@@ -167,6 +167,7 @@ class Frame:
         self._given: Tensor | None = None
         self.checks = _STATE_CHECKS
         self._calls_of_prepare = 0
+        self._generators = generator if isinstance(generator, list) else [generator]
         self.pipe = self._copy(parts or {})
         arguments = script.arguments.for_rows(
             self.conds, output_type=output_type, generator=generator
@@ -225,8 +226,7 @@ class Frame:
             return self._real_prepare(*args, **kwargs)
         known = self.script.prepared.get(self.width) if self.first is not None else None
         if known is None:
-            with torch.no_grad():
-                out = self._real_prepare(*args, **kwargs)
+            out = self._prepare(args, kwargs)
             self.latents = out[0] if isinstance(out, tuple) else out
             self._check_width(len(self.latents))
             if self.stop == "latents":
@@ -234,12 +234,30 @@ class Frame:
             if self.first is None:
                 return out
             rest = out[1:] if isinstance(out, tuple) else None
-            known = self.script.keep(self.width, (self.latents.new_empty(0), rest))
-        # What comes beside the latents (position ids, image conditions) depends on the width only.
-        like, rest = known
+            states = [g.get_state() for g in self._generators]
+            known = self.script.keep(self.width, (self.latents.new_empty(0), rest, states))
+        # What comes beside the latents (position ids, image conditions) depends on the width
+        # only; what is drawn afterwards must not depend on whether this was skipped.
+        like, rest, states = known
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
         assert self.first is not None
         self._given = self.first.x.to(like)
         return self._given if rest is None else (self._given, *rest)
+
+    def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        with torch.no_grad():
+            try:
+                return self._real_prepare(*args, **kwargs)
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                # One image for many rows: some pipelines take one generator then, not a list.
+                bound = inspect.signature(self._real_prepare).bind(*args, **kwargs)
+                if self.stop == "latents" or not isinstance(
+                    bound.arguments.get("generator"), list
+                ):
+                    raise
+                bound.arguments["generator"] = self._generators[0]
+                return self._real_prepare(*bound.args, **bound.kwargs)
 
     def _check_width(self, got: int) -> None:
         if got != self.width:
@@ -257,8 +275,9 @@ class Frame:
         if self.checks > 0:
             self.checks -= 1
             self._check_state(sample)
-        self.query = self.greenlet.parent.switch(output)
-        self._given = self.query.x.to(sample)
+        query = self.greenlet.parent.switch(output)
+        self._given = query.x.to(sample)
+        self.query = None if query.leave else query
         return StepOutput(self._given, self._given)
 
     def _check_state(self, sample: Tensor) -> None:
@@ -269,8 +288,8 @@ class Frame:
         ):
             raise PipelineError(
                 f"{self.script.name} alters the state between two steps of its loop (as "
-                "inpainting by blending does), so its network does not see the state asked for. "
-                "Use a pipeline whose network takes the mask as input instead."
+                "blending and keeping a first frame do), so its network does not see the state "
+                "asked for. Use a pipeline whose network takes mask or image as input instead."
             )
 
     # --- from outside ------------------------------------------------------------------------
@@ -290,9 +309,9 @@ class Frame:
             raise PipelineError(f"{self.script.name} left its loop without a scheduler step.")
         return out
 
-    def run(self, grad: bool = False) -> Any:
-        """Runs to the end (or to ``stop``); what the pipeline returned."""
-        out = self._switch((), grad)
+    def run(self, grad: bool = False, *, leave: Query | None = None) -> Any:
+        """Runs to the end (or to ``stop``, or from a query out of the loop); what was returned."""
+        out = self._switch(() if leave is None else (leave,), grad)
         if self.alive:
             self.close()
             raise PipelineError(f"{self.script.name} did not stop where it was expected to.")

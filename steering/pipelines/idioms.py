@@ -108,19 +108,34 @@ def _steps(node: ast.AST) -> bool:
 
 
 def _alters_after_step(loop: ast.For) -> bool:
-    """Whether arithmetic on the latents follows the step (inpainting blends there)."""
-    after = False
-    for statement in ast.walk(loop):
-        if isinstance(statement, ast.Assign) and _steps(statement):
-            after = True
-            targets = {ast.unparse(t) for t in statement.targets}
-            line = statement.lineno
-            for other in ast.walk(loop):
-                if (
-                    isinstance(other, ast.Assign)
-                    and other.lineno > line
-                    and targets & {ast.unparse(t) for t in other.targets}
-                    and isinstance(other.value, ast.BinOp)
-                ):
-                    return True
-    return not after
+    """Whether the state may be changed between two steps, as inpainting does by blending."""
+    changes = [n for n in ast.walk(loop) if isinstance(n, ast.Assign)]
+    stepping = [n for n in changes if _steps(n)]
+    for step in stepping:
+        names = {n.id for t in step.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        for other in changes:
+            assigned = {ast.unparse(target) for target in other.targets}
+            if other.lineno > step.lineno and assigned & names and not _harmless(other.value):
+                return True
+        if "latents" not in names:  # put together from the step and something else
+            return True
+        if any(_cuts(call) for call in ast.walk(step) if isinstance(call, ast.Call)):
+            return True
+    return not stepping
+
+
+def _harmless(value: ast.expr) -> bool:
+    """A cast, or what a callback hands back."""
+    return (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Attribute)
+        and value.func.attr in ("to", "pop", "type", "float")
+    )
+
+
+def _cuts(call: ast.Call) -> bool:
+    """scheduler.step on a part of the state."""
+    return ast.unparse(call.func).endswith("scheduler.step") and any(
+        isinstance(argument, ast.Subscript) and "latents" in ast.unparse(argument)
+        for argument in call.args
+    )

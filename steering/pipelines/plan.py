@@ -118,7 +118,10 @@ def _loose(values: list) -> bool:
     return all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values)
 
 
-def _stand_ins(pipe: Any, recorder: _Recorder) -> dict[str, object]:
+def stand_ins(script: Script, recorder: _Recorder | None = None) -> dict[str, object]:
+    """Stand-ins for a pipeline's denoisers and ControlNets, by component name."""
+    pipe = script.pipe
+    recorder = recorder or _Recorder(denoisers(pipe))
     names = [
         name
         for name, part in pipe.components.items()
@@ -143,7 +146,7 @@ def make_plan(script: Script) -> Plan:
     nodes = script.schedule.grid.times[:-1]
     x = _state(script)
     first = script.query(x, nodes[:1])
-    parts = _stand_ins(script.pipe, recorder)
+    parts = stand_ins(script, recorder)
     frame = Frame(script, (0,), first, generator=script.seed(1), parts=parts)
     steps, costs, outs = [], [], []
     try:

@@ -24,6 +24,7 @@ from steering.pipelines.schedule import Schedule, read_schedule
 _MAX_FRAMES = 32
 _MAX_ROWS = 256
 _MAX_WIDTHS = 16
+_Prepared = tuple[Tensor, tuple | None, list[Tensor]]
 
 
 class Script:
@@ -43,7 +44,7 @@ class Script:
         narrow = getattr(pipe, "dtype", torch.float32) in (torch.float16, torch.bfloat16)
         can_encode = hasattr(pipe, "encode_prompt")
         self.encode = PromptMemo(0.05 if narrow else 1e-3) if can_encode else None
-        self.prepared: OrderedDict[int, tuple[Tensor, tuple | None]] = OrderedDict()
+        self.prepared: OrderedDict[int, _Prepared] = OrderedDict()
         self.schedule: Schedule | None = None
         self._key: NoiseKey | None = None
         self._frames: OrderedDict[tuple, Frame] = OrderedDict()
@@ -114,7 +115,11 @@ class Script:
         frame = self._frames.pop(key, None)
         if frame is None:
             frame = Frame(self, conds, query, generator=self.seed(len(conds)))
-        out = frame.ask(query)
+        try:
+            out = frame.ask(query)
+        except BaseException:
+            frame.close()  # an error ends this frame only
+            raise
         self._frames[key] = frame
         self._evict()
         return out
@@ -126,7 +131,7 @@ class Script:
             rows -= oldest.width
             oldest.close()
 
-    def keep(self, width: int, value: tuple[Tensor, tuple | None]) -> tuple[Tensor, tuple | None]:
+    def keep(self, width: int, value: _Prepared) -> _Prepared:
         """Remembers what comes beside the latents of one width, for the last few widths."""
         self.prepared[width] = value
         while len(self.prepared) > _MAX_WIDTHS:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from steering.paths import Path, Prediction, Time, Times
 from steering.pipelines.frame import Frame
 from steering.pipelines.idioms import require_drivable
 from steering.pipelines.meter import Meter, denoisers
-from steering.pipelines.plan import Plan, make_plan, mixing_agrees, probe_costs
+from steering.pipelines.plan import Plan, make_plan, mixing_agrees, probe_costs, stand_ins
 from steering.pipelines.prompts import Arguments
 from steering.pipelines.script import Script
 
@@ -259,17 +260,10 @@ class WrappedPipeline:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, x: Tensor, grad: bool) -> Tensor:
-        script = self._script
-        query = script.query(x, [self.grid().times[-1]])
-        frame = Frame(
-            script,
-            (0,) * len(x),
-            query,
-            leave=True,
-            generator=script.seed(len(x)),
-            output_type="pt",
-        )
-        out = frame.run(grad)
+        try:
+            out = self._leave(x, grad)
+        except UnboundLocalError:  # it decodes something its loop makes: go round once
+            out = self._leave(x, grad, once=True)
         images = out if isinstance(out, Tensor) else out[0]  # some return no tuple
         if not isinstance(images, Tensor) or len(images) != len(x):
             raise PipelineError(
@@ -277,6 +271,28 @@ class WrappedPipeline:
                 f"{len(images)}; a tensor with one entry per state was expected."
             )
         return images.float()
+
+    def _leave(self, x: Tensor, grad: bool, once: bool = False) -> Any:
+        """What the pipeline returns when its loop ends with state x."""
+        script = self._script
+        query = script.query(x, [self.grid().times[-2]])
+        leave = replace(query, leave=True)
+        frame = Frame(
+            script,
+            (0,) * len(x),
+            query if once else leave,
+            generator=script.seed(len(x)),
+            output_type="pt",
+            parts=stand_ins(script) if once else None,
+        )
+        try:
+            if not once:
+                return frame.run(grad)
+            with self._meter.on("probes"):
+                frame.ask(query)
+            return frame.run(grad, leave=leave)
+        finally:
+            frame.close()
 
     def close(self) -> None:
         """Frees parked frames and removes the row counters from the networks."""
