@@ -24,8 +24,6 @@ from steering.noise import NoiseKey
 from steering.pipelines import check, wrap
 from tests import tiny_pipelines as tiny
 
-_WORDS = tuple(tiny._WORDS)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,7 +93,10 @@ def _plain(pipe, kwargs) -> float:
 
 def throughput(name: str, n: int) -> str:
     """n prompts in one batch against one after the other, side by side."""
-    prompts = [f"{_WORDS[k % len(_WORDS)]} {_WORDS[(3 * k + 1) % len(_WORDS)]}" for k in range(n)]
+    prompts = [
+        f"{tiny.WORDS[k % len(tiny.WORDS)]} {tiny.WORDS[(3 * k + 1) % len(tiny.WORDS)]}"
+        for k in range(n)
+    ]
     pipe, kwargs = tiny.build(name, prompt=prompts)
     with wrap(pipe, **kwargs) as model:
         x, times = model.noise(n, NoiseKey(1)), model.grid().times[:-1]
