@@ -121,12 +121,16 @@ class FK(Sampler):
             )
 
     def checkpoint_steps(self, grid: Grid) -> list[int]:
-        """Step indices before which particles are scored."""
+        """Step indices before which particles are scored.
+
+        The last step adds no noise: copies made before it would be delivered as copies, and the
+        finished samples are scored right after it. So it is never a checkpoint.
+        """
         if self.noise_levels is not None:
             steps = {grid.index_of_sigma(level) for level in self.noise_levels}
         else:
             steps = {grid.nearest(fraction) for fraction in self.checkpoints}
-        return sorted(i for i in steps if i < len(grid))
+        return sorted(i for i in steps if i < len(grid) - 1)
 
     def cost(self, plan: Plan) -> Cost:
         n, steps = self.n_particles or 1, self.checkpoint_steps(plan.grid)

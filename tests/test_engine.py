@@ -251,7 +251,7 @@ def test_rows_that_succeeded_are_charged_once(max_batch: int) -> None:
     """A budget of exactly what is needed must be enough beside a failing neighbour."""
     model = Watched(("a", "bad", "c", "d"))
     method = FK(n_particles=4, reward_scale=1.0)
-    calls = 4 * 2 + 4  # the four checkpoints fall on two of the four steps
+    calls = 4 + 4  # of four steps one has checkpoints: two are at its place, two at the last
     with pytest.raises(TaskErrors) as caught:
         steer(
             model,
@@ -314,7 +314,7 @@ def test_the_best_preview_is_kept_not_the_latest() -> None:
         kept.append(images[:, 0, 0, 0] - 10.0 * len(kept))  # later previews score far lower
         return kept[-1]
 
-    method = FK(n_particles=6, reward_scale=0.1, checkpoints=(0.25, 0.5, 0.75))
+    method = FK(n_particles=6, reward_scale=0.1, checkpoints=(0.0, 0.25, 0.5))
     with pytest.raises(RewardError) as caught:
         steer(Pixels(), reward, method)
     assert caught.value.result.best_reward == pytest.approx(float(kept[0].max()))

@@ -28,7 +28,7 @@ def test_every_convention_is_steered(name):
     assert len(result.images) == 3
     assert torch.allclose(result.rewards, redness(result.pixels, None).double())
     assert (result.rewards.diff() <= 0).all()
-    assert result.ledger.reward_calls == 3 * 5
+    assert result.ledger.reward_calls == 3 * 4  # 0.85 of 6 steps is the last: no checkpoint
     assert torch.isfinite(result.samples).all()
 
 
