@@ -12,6 +12,7 @@ Query and step: process time of a width-1 predict and of one more step of pipe(.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 import warnings
 
@@ -67,8 +68,8 @@ def row(name: str) -> list[str]:
     ]
 
 
-def timings(name: str, few: int = 4, many: int = 16, repeats: int = 5) -> tuple[float, float]:
-    """(seconds of a predict, seconds of one more step of pipe(...)), the least of some."""
+def timings(name: str, few: int = 4, many: int = 16, repeats: int = 9) -> tuple[float, float]:
+    """(seconds of a predict, seconds of one more step of pipe(...)), medians."""
     pipe, kwargs = tiny.build(name, steps=many)
     with wrap(pipe, **kwargs) as model:
         x, times = model.noise(1, NoiseKey(1)), model.grid().times[:-1]
@@ -81,7 +82,7 @@ def timings(name: str, few: int = 4, many: int = 16, repeats: int = 5) -> tuple[
             spent = [_plain(pipe, {**kwargs, "num_inference_steps": n}) for n in (few, many)]
             turns = (many - few) * len(times) / many  # img2img makes a part of its steps
             steps.append((spent[1] - spent[0]) / turns)
-    return min(queries), max(min(steps), 1e-9)
+    return statistics.median(queries), max(statistics.median(steps), 1e-9)
 
 
 def _plain(pipe, kwargs) -> float:

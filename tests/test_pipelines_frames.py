@@ -177,6 +177,7 @@ def test_forced_mixing_and_grouping():
     grouped = model.predict(x, times[:3]).x0
     assert len(calls) == 3
     assert not model.mixed_times
+    assert model.mixing_reason == "switched off"
     model.close()
     with wrap(pipe, **model.call_kwargs, mixed_times=True) as mixed:
         calls.clear()

@@ -146,7 +146,7 @@ def check(pipe_or_model: Any, **call_kwargs: Any) -> CheckReport:
         report = CheckReport(
             name=model.name,
             family=model.family,
-            path=type(model.path.base).__name__ if hasattr(model.path, "base") else "",
+            path=type(getattr(model.path, "base", model.path)).__name__,
             prediction=model.prediction_type,
             dtype=str(model.dtype).removeprefix("torch."),
             event_shape=model.event_shape,
@@ -278,7 +278,7 @@ def _decoding(model: WrappedPipeline, report: CheckReport) -> None:
 
 def _gradients(model: WrappedPipeline, report: CheckReport) -> None:
     times = model.grid().times
-    t = times[len(times) // 2 - 1] if len(times) > 2 else times[0]
+    t = times[max(len(times) // 2 - 1, 0)]
     x = model.noise(1, _KEY).requires_grad_()
     (gradient,) = torch.autograd.grad(_energy(model, x, t, True), x)
     report.gradient_finite = bool(torch.isfinite(gradient).all() and gradient.abs().max() > 0)
@@ -337,5 +337,5 @@ def _say(value: bool | None, yes: str, no: str) -> str:
 
 def _runs(costs: tuple[int, ...]) -> str:
     if len(set(costs)) == 1:
-        return f"{costs[0]} throughout"
+        return f"{max(costs)} throughout"
     return " ".join(map(str, costs))

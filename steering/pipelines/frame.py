@@ -74,7 +74,7 @@ class DrivenTimesteps(torch.Tensor):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        out = super().__torch_function__(func, types_, args, kwargs or {})
+        out: Any = super().__torch_function__(func, types_, args, kwargs or {})
         if func in (torch.Tensor.__getitem__, torch.Tensor.to) and out.ndim == 1:
             return out  # img2img slices the schedule; everything else must not inherit the class
         return out.as_subclass(torch.Tensor) if isinstance(out, DrivenTimesteps) else out
@@ -227,15 +227,15 @@ class Frame:
         known = self.script.prepared.get(self.width) if self.first is not None else None
         if known is None:
             out = self._prepare(args, kwargs)
-            self.latents = out[0] if isinstance(out, tuple) else out
-            self._check_width(len(self.latents))
+            latents = self.latents = out[0] if isinstance(out, tuple) else out
+            self._check_width(len(latents))
             if self.stop == "latents":
                 raise Stop
             if self.first is None:
                 return out
             rest = out[1:] if isinstance(out, tuple) else None
             states = [g.get_state() for g in self._generators]
-            known = self.script.keep(self.width, (self.latents.new_empty(0), rest, states))
+            known = self.script.keep(self.width, (latents.new_empty(0), rest, states))
         # What comes beside the latents (position ids, image conditions) depends on the width
         # only; what is drawn afterwards must not depend on whether this was skipped.
         like, rest, states = known
@@ -275,10 +275,12 @@ class Frame:
         if self.checks > 0:
             self.checks -= 1
             self._check_state(sample)
-        query = self.greenlet.parent.switch(output)
-        self._given = query.x.to(sample)
+        asker = self.greenlet.parent
+        assert asker is not None
+        query = asker.switch(output)
+        x = self._given = query.x.to(sample)
         self.query = None if query.leave else query
-        return StepOutput(self._given, self._given)
+        return StepOutput(x, x)
 
     def _check_state(self, sample: Tensor) -> None:
         if sample is self._given or self._given is None:

@@ -49,11 +49,9 @@ def require_drivable(pipe: Any) -> bool:
 
 def _refuse_caches(name: str, networks: dict[str, nn.Module]) -> None:
     for label, network in networks.items():
+        registries: list[Any] = [getattr(m, "_diffusers_hook", None) for m in network.modules()]
         hooks = [
-            hook
-            for module in network.modules()
-            if hasattr(module, "_diffusers_hook")
-            for hook in module._diffusers_hook.hooks
+            hook for registry in registries if registry is not None for hook in registry.hooks
         ]
         caches = sorted({hook for hook in hooks if _CACHES.search(hook)})
         if caches or getattr(network, "is_cache_enabled", False):

@@ -51,7 +51,7 @@ class Meter:
     def __init__(self, networks: dict[str, nn.Module]) -> None:
         self.rows = self.probes = 0
         self._counter: str | None = None
-        hook = torch.compiler.disable(self._count)
+        hook: Any = torch.compiler.disable(self._count)
         self._hooks = [
             net.register_forward_pre_hook(hook, with_kwargs=True) for net in networks.values()
         ]

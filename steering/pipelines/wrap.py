@@ -21,6 +21,7 @@ from steering.pipelines.idioms import require_drivable
 from steering.pipelines.meter import Meter, denoisers
 from steering.pipelines.plan import Plan, make_plan, mixing_agrees, probe_costs, stand_ins
 from steering.pipelines.prompts import Arguments
+from steering.pipelines.schedule import Schedule
 from steering.pipelines.script import Script
 
 
@@ -77,15 +78,16 @@ class WrappedPipeline:
         networks = self._networks = denoisers(pipe)
         self._script = Script(pipe, arguments, self.name)
         self._meter = Meter(networks)
-        schedule = self.schedule = self._script.schedule
+        schedule = self._script.schedule
         assert schedule is not None
+        self.schedule: Schedule = schedule
         self.family, self.prediction_type = schedule.family, schedule.prediction
         self.path: Path = schedule.path
         self.prompts: tuple[str | None, ...] = arguments.prompts
         self.event_shape = self._script.event_shape
         self.device = self._script.device
-        self.dtype: torch.dtype = next(iter(networks.values())).dtype
-        self._mixed = mixed_times
+        self.dtype: torch.dtype = getattr(next(iter(networks.values())), "dtype", torch.float32)
+        self._mixed = self._asked = mixed_times
         self._found_plan: Plan | None = None
         self._wide_noise: bool | None = None
         if suspicious:
@@ -110,13 +112,15 @@ class WrappedPipeline:
                     and self._plan().uniform
                     and mixing_agrees(self._script)
                 )
-        return self._mixed
+        return bool(self._mixed)
 
     @property
     def mixing_reason(self) -> str:
         """Why rows at different times do not share calls; empty where they do."""
         if self.mixed_times:
             return ""
+        if self._asked is False:
+            return "switched off"
         if len(self._networks) > 1:
             return f"several networks ({', '.join(self._networks)}) share the schedule"
         return self._plan().reason or "mixed and separate calls disagree, or mixed calls fail"
