@@ -79,6 +79,7 @@ def generate(
 ) -> None:
     """Make a picture of PROMPT that the reward likes."""
     from steering.apps.jobs import Job, report
+    from steering.result import finite
 
     job = Job(model=model, dtype=dtype, device=device, reward=reward, heldout=heldout or [])
     folder = out or Path("out/steer")
@@ -94,7 +95,7 @@ def generate(
             "files": files,
             "recipe": result.recipe.to_json(),
         }
-        typer.echo(json.dumps(data))
+        typer.echo(json.dumps(finite(data), allow_nan=False))
 
 
 @app.command()

@@ -123,3 +123,9 @@ def report(console: Console, result: Result, method: str) -> None:
     )
     for name, values in result.heldout.items():
         console.print(f"  held-out {name}: {float(values[0]):.4f}")
+    sizes = result.trace.column("ess")
+    if len(result) > 1 and sizes and min(sizes) > 0.9 * len(result):
+        console.print(
+            f"  The weights stayed nearly flat (effective sample size {min(sizes):.1f} of "
+            f"{len(result)}), so nothing was steered: raise reward_scale."
+        )

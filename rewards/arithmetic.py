@@ -89,6 +89,13 @@ class WeightedSum(Arithmetic):
         known = [s for s in specs if s is not None]
         return _linear_text(self.terms, self.offset, known) if len(known) == len(specs) else None
 
+    @property
+    def spread(self) -> float | None:
+        """Of the sum, as if its components varied independently; None where one is unknown."""
+        known = [(weight, getattr(reward, "spread", None)) for weight, reward in self.terms]
+        parts = [weight * spread for weight, spread in known if spread is not None]
+        return math.hypot(*parts) if len(parts) == len(known) else None
+
     def for_model(self, model: object) -> Arithmetic:
         """The same sum with each component adapted to the model."""
         terms = []

@@ -54,6 +54,14 @@ class Reward(Arithmetic):
 
         return call_spec(self.name, _changed_options(self))
 
+    @property
+    def spread(self) -> float | None:
+        """Typical standard deviation between samples of one prompt, where it has been measured.
+
+        It sets the default strength of methods that weigh samples.
+        """
+        return None
+
     def score(
         self, images: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
     ) -> Tensor | Scores:

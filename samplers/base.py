@@ -76,21 +76,22 @@ class Sampler:
         return on_path(model.path, SHAPES[self.grid](self.steps or len(model.grid())))
 
 
-def check_scale(name: str, reward_scale: float) -> None:
+def check_scale(name: str, reward_scale: float | None) -> None:
     """Raises unless weights exp(reward_scale r) favour high rewards.
 
     Raises:
         OptionError: negative, infinite or NaN.
     """
-    if not 0.0 <= reward_scale < math.inf:
+    if reward_scale is not None and not 0.0 <= reward_scale < math.inf:
         raise OptionError(
             f"{name}: reward_scale must be finite and not negative, got {reward_scale}. Higher "
             "rewards are better; negate the reward to turn it round."
         )
 
 
-def tilt(reward: Tensor, reward_scale: float) -> Tensor:
+def tilt(reward: Tensor, reward_scale: float | None) -> Tensor:
     """reward_scale * r, [n]; zero at reward_scale 0 even where r is -inf."""
+    assert reward_scale is not None  # fit() has set it
     return reward_scale * reward if reward_scale else torch.zeros_like(reward)
 
 

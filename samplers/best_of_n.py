@@ -35,13 +35,13 @@ class BestOfN(Sampler):
         select: "argmax" keeps the best, "top_k" the k best, "soft" draws k with weights
             exp(reward_scale r), "all" returns every sample with these weights.
         k: how many samples "top_k" and "soft" return.
-        reward_scale: of "soft" and "all".
+        reward_scale: of "soft" and "all"; None as in `fk`.
     """
 
     n: int | None = None
     select: Literal["argmax", "top_k", "soft", "all"] = "argmax"
     k: int = 1
-    reward_scale: float = 10.0
+    reward_scale: float | None = None
 
     name: ClassVar[str] = "best_of_n"
     summary: ClassVar[str] = "N independent samples, keep the best"
@@ -66,11 +66,12 @@ class BestOfN(Sampler):
         return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
 
     def fit(self, plan: Plan) -> BestOfN:
+        fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
             n = afford(plan, lambda n: replace(self, n=n, k=1).cost(plan), 16, "sample")
-            return replace(self, n=n)
+            return replace(fitted, n=n)
         within_budget(plan, self.cost(plan), f"best_of_n with n={self.n}")
-        return self
+        return fitted
 
     def run(self, ctx: Context) -> Run:
         """x ~ p_T; x_u ~ p(x_u | x_t); score what comes out."""

@@ -12,6 +12,7 @@ in between, so they change variance only. Weights are carried through steps with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,6 +35,9 @@ from steering.samplers.fk_authors import run_authors
 Potential = Callable[[Tensor], Tensor]
 """rho [m, n] at the m checkpoints so far -> cumulative log potential [n]."""
 
+_DOUBTFUL = 10.0
+"""How far below the worst finite preview a preview of -inf counts, in log weight."""
+
 POTENTIALS: dict[str, Potential] = {
     "difference": lambda rho: rho[-1],
     "max": lambda rho: rho.max(0).values,
@@ -49,7 +53,8 @@ class FK(Sampler):
 
     Attributes:
         n_particles: how many; None spends the budget (8 where there is none).
-        reward_scale: lambda of the target p(x) exp(lambda r(x)).
+        reward_scale: lambda of the target p(x) exp(lambda r(x)). None takes 2 / (the reward's
+            spread between samples of a prompt) where that is known, else 10.
         potential: "difference", "max", "sum", "none", or a function of rho [m, n] -> [n].
         checkpoints: where to score and resample, as fractions of the steps made.
         noise_levels: the same as noise shares sigma / (alpha + sigma), instead of fractions.
@@ -64,7 +69,7 @@ class FK(Sampler):
     """
 
     n_particles: int | None = None
-    reward_scale: float = 10.0
+    reward_scale: float | None = None
     potential: str | Potential = "difference"
     checkpoints: tuple[float, ...] = (0.4, 0.55, 0.7, 0.85)
     noise_levels: tuple[float, ...] | None = None
@@ -154,12 +159,12 @@ class FK(Sampler):
         return [i + (k * left) // count for k in range(count)]
 
     def fit(self, plan: Plan) -> FK:
+        fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n_particles is None:
             n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), 8, "particle")
-            return replace(self, n_particles=n)
-        what = f"fk with {self.n_particles} particles"
-        within_budget(plan, self.cost(plan), what)
-        return self
+            return replace(fitted, n_particles=n)
+        within_budget(plan, self.cost(plan), f"fk with {self.n_particles} particles")
+        return fitted
 
     def run(self, ctx: Context) -> Run:
         if self.mode == "authors":
@@ -229,11 +234,9 @@ class FK(Sampler):
             images = yield Decode(x0)
             scores = yield Score(images, x0)
             values.append(tilt(as_float64(scores.value), self.reward_scale))
-            yield Progress(step=i, of=len(ctx.grid), info={}, preview=images)
-        rho = torch.stack(values)
-        if len(values) == 1:
-            return rho[0]  # type: ignore[return-value]
-        return torch.logsumexp(rho, 0) - torch.log(torch.tensor(float(len(values))))  # type: ignore[return-value]
+            yield Progress(step=i, of=len(ctx.grid), preview=images)
+        rho = torch.logsumexp(torch.stack(values), 0) - math.log(len(values))
+        return _lift(values[0] if len(values) == 1 else rho)  # type: ignore[return-value]
 
     def _estimates(self, ctx: Context, state: State, i: int) -> Run:
         """Guesses of x0 given x_t: n_draws tensors [n, *event]."""
@@ -241,7 +244,7 @@ class FK(Sampler):
         assert prediction is not None
         if self.lookahead == 0:
             if self.n_draws == 1:
-                return [prediction.mode]  # type: ignore[return-value]
+                return [prediction.x0]  # type: ignore[return-value]
             return list(prediction.draw(self.n_draws, ctx.key("draw", i)))  # type: ignore[return-value]
         nodes = [ctx.grid.times[k] for k in self._ahead(ctx.grid, i)] + [ctx.grid.times[-1]]
         draws = []
@@ -258,3 +261,11 @@ class FK(Sampler):
             assert prediction is not None
             x = ctx.move(x, prediction, t, u, kernel, step=k, stream=stream)
         return x  # type: ignore[return-value]
+
+
+def _lift(rho: Tensor) -> Tensor:
+    """A preview's -inf as a low finite potential: its sample may yet come good, and any finite
+    potential in between leaves the target law as it is."""
+    finite = rho[torch.isfinite(rho)]
+    floor = float(finite.min()) - _DOUBTFUL if len(finite) else 0.0
+    return rho.masked_fill(torch.isneginf(rho), floor)

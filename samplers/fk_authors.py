@@ -39,8 +39,8 @@ def run_authors(fk: FK, ctx: Context) -> Run:
         x = ctx.move(x, prediction, t, u, kernel, step=i)
         if i not in checkpoints:
             continue
-        images = yield Decode(prediction.mode)
-        scores = yield Score(images, prediction.mode)
+        images = yield Decode(prediction.x0)
+        scores = yield Score(images, prediction.x0)
         rewards = _merge(str(fk.potential), as_float64(scores.value), memory)
         last = i == len(grid) - 1
         w = _weights(fk, rewards, memory, product, last)
@@ -66,6 +66,7 @@ def _merge(potential: str, reward: Tensor, memory: Tensor) -> Tensor:
 
 
 def _weights(fk: FK, rewards: Tensor, memory: Tensor, product: Tensor, last: bool) -> Tensor:
+    assert fk.reward_scale is not None  # fit() has set it
     if fk.potential == "difference":
         w = torch.exp(fk.reward_scale * (rewards - memory))
     else:

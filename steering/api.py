@@ -67,7 +67,6 @@ def steer(
     chosen = build_method(method, options)
     if prompt is not None:
         check_prompts(prompt)
-    folder = None if out is None else writable_folder(out)
     model, mine = _model(pipe, prompt, call_kwargs)
     many = len(model.prompts) > 1 or not (prompt is None or isinstance(prompt, str))
     try:
@@ -76,6 +75,7 @@ def steer(
         verifiers = [guide if r is reward else resolve_reward(r, model) for r in listed]
         _distinct(guide, verifiers)
         tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed)
+        folder = None if out is None else writable_folder(out)
         limit = getattr(model, "max_batch", None) or 64 if max_batch is None else max_batch
         engine = Engine(model, max_batch=limit, listener=listener, cancelled=cancelled)
         engine.run(tasks)
@@ -162,7 +162,8 @@ def _tasks(
     ):
         raise OptionError(f"seed must be one integer or one per prompt ({n}), got {seed!r}.")
     grid = method.levels(model)
-    plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget)
+    spread = getattr(reward, "spread", None)
+    plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
     fitted = method.fit(plan)
     return [
         Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)

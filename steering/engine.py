@@ -42,7 +42,6 @@ class Task:
     method: Method
     plan: Plan
     reward: Reward
-    metadata: Any = None
     ledger: Ledger = field(default_factory=Ledger)
     trace: Trace = field(default_factory=Trace)
     best: Best = field(default_factory=lambda: Best())
@@ -189,7 +188,8 @@ class Engine:
         task.ledger.charge_seconds("own", max(own, 0.0))
 
     def _report(self, task: Task, progress: Progress) -> None:
-        task.trace.add(progress, task.ledger)
+        if progress.info:
+            task.trace.add(progress, task.ledger)
         if self.listener is not None:
             self.listener(task, progress)
 

@@ -45,7 +45,7 @@ class Grid:
 
     def nearest(self, fraction: float) -> int:
         """The step index at which the given fraction of all steps has been made."""
-        return min(len(self), max(0, round(fraction * len(self))))
+        return min(len(self), max(0, math.floor(fraction * len(self) + 0.5)))
 
     def index_of_sigma(self, noise_fraction: float) -> int:
         """The first node whose noise share sigma / (alpha + sigma) is at or below the value."""

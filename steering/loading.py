@@ -86,9 +86,9 @@ def as_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
 def _fast_bfloat16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
-    return bool(
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    # Without matrix tiles (AMX) bfloat16 is emulated by vector code and slower than float32.
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(tiles and tiles())
 
 
 def source_of(pipe: object) -> str | None:

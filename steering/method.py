@@ -29,16 +29,29 @@ class Plan:
         grid: the noise levels to visit.
         costs: network rows per sample at each step.
         budget: the caps.
+        spread: how much the reward varies between samples of one prompt (its standard deviation,
+            measured once), None where nobody has measured it.
     """
 
     grid: Grid
     costs: tuple[int, ...]
     budget: Budget
+    spread: float | None = None
 
     @property
     def trajectory(self) -> int:
         """Network rows of one sample from noise to data."""
         return sum(self.costs)
+
+    def scale(self, reward_scale: float | None) -> float:
+        """The reward_scale given, or one that makes two standard deviations of the reward count.
+
+        Rewards differ in scale by orders of magnitude; 10 is the published default for rewards
+        of the size of ImageReward and stands where no spread is known.
+        """
+        if reward_scale is not None:
+            return reward_scale
+        return 2.0 / self.spread if self.spread else 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

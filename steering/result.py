@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ class Result:
         report = folder / f"{prefix}result.json"
         data = {**self.summary(), "trace": self.trace.to_json(), "recipe": self.recipe.to_json()}
         with atomic(report) as temporary:
-            temporary.write_text(json.dumps(data, indent=1))
+            temporary.write_text(json.dumps(finite(data), indent=1, allow_nan=False))
         return [*files, report]
 
     def _pictures(self) -> list[Image.Image]:
@@ -115,6 +116,15 @@ class Result:
             return []
         # A video is kept as a strip of its frames: one lossless file that can carry a recipe.
         return [strip(im) if isinstance(im, list) else im for im in images]
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401
+    """The same JSON values with NaN and the infinities as null, which strict readers accept."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

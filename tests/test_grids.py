@@ -118,7 +118,7 @@ def test_steps_pair_neighbours() -> None:
 
 def test_places_on_a_grid() -> None:
     grid = on_path(Linear(), uniform(10))
-    assert [grid.nearest(f) for f in (-1.0, 0.0, 0.25, 0.5, 1.0, 2.0)] == [0, 0, 2, 5, 10, 10]
+    assert [grid.nearest(f) for f in (-1.0, 0.0, 0.25, 0.5, 1.0, 2.0)] == [0, 0, 3, 5, 10, 10]
     assert grid.times[grid.index_of_sigma(0.55)].t == pytest.approx(0.5)
     assert grid.index_of_sigma(1.0) == 0
     assert grid.index_of_sigma(0.0) == 10
