@@ -14,12 +14,12 @@ from rich.console import Console
 from tqdm import tqdm
 
 from steering.api import steer
-from steering.engine import Task
 from steering.errors import OptionError, unknown_name
 from steering.loading import call_defaults, load
 from steering.registry import METHODS
 from steering.requests import Progress
 from steering.result import Result
+from steering.task import Task
 
 
 @dataclass(kw_only=True)

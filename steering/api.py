@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from steering.engine import Engine, Listener, Task
+from steering.engine import Engine, Listener
 from steering.errors import OptionError, SteeringError, TaskErrors
 from steering.finish import Finisher
 from steering.ledger import Budget
@@ -16,6 +16,7 @@ from steering.model import Model, is_model
 from steering.recipe import writable_folder
 from steering.result import Result
 from steering.scoring import Reward, resolve_reward
+from steering.task import Task
 
 
 def steer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from steering.paths import Prediction, Time
 from steering.requests import Decode, Denoise, Request, Score
 from steering.scoring import Scores
-
-if TYPE_CHECKING:
-    from steering.engine import Task
+from steering.task import Task
 
 _KIND = {Score: "reward", Decode: "decode", Denoise: "denoise"}
 _COUNTER = {Score: "reward_calls", Decode: "decodes", Denoise: "nfe"}

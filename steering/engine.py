@@ -8,10 +8,8 @@ with as many rows as possible. Nothing a task sees depends on its neighbours exc
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,87 +17,15 @@ from torch import Tensor
 
 from steering.batch import Batch, out_of_memory, rows_of, times_of
 from steering.errors import BudgetError, OptionError
-from steering.ledger import Budget, Ledger
-from steering.method import Context, Method, Plan
+from steering.method import Context
 from steering.model import Model
-from steering.paths import Prediction, Time
-from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
-from steering.scoring import Reward, Scores, score
-from steering.trace import Trace
+from steering.paths import Prediction
+from steering.requests import Decode, Denoise, Progress, Request, Score
+from steering.scoring import Scores, score
+from steering.task import Task
 
-Listener = Callable[["Task", Progress], None]
+Listener = Callable[[Task, Progress], None]
 _ORDER: tuple[type, ...] = (Score, Decode, Denoise)
-
-
-@dataclass(eq=False)
-class Task:
-    """One prompt's run: its method, budget, spending, trace, and how it ended."""
-
-    index: int
-    prompt: str | None
-    cond: int
-    seed: int
-    method: Method
-    plan: Plan
-    reward: Reward
-    ledger: Ledger = field(default_factory=Ledger)
-    trace: Trace = field(default_factory=Trace)
-    best: Best = field(default_factory=lambda: Best())
-    outcome: Outcome | None = None
-    error: BaseException | None = None
-    cancelled: bool = False
-    run: Run | None = None
-
-    @property
-    def budget(self) -> Budget:
-        return self.plan.budget
-
-    def cost(self, t: Time) -> int:
-        """Network rows that one sample at this level is expected to need."""
-        for node, cost in zip(self.plan.grid.times, self.plan.costs, strict=False):
-            if node.net == t.net:
-                return cost
-        return max(self.plan.costs)
-
-
-@dataclass(eq=False)
-class Best:
-    """The best picture so far: a finished one beats any preview, then the reward decides.
-
-    ``guess`` is the latest estimate of x0 [n, *event], for runs stopped before any picture.
-    """
-
-    x0: Tensor | None = None
-    image: Tensor | None = None
-    reward: float = float("nan")
-    final: bool = False
-    guess: Tensor | None = None
-
-    def note(self, request: Request, answer: object) -> None:
-        """Learns from an answer on its way to the method."""
-        if isinstance(answer, Prediction):
-            self.guess = answer.mode.detach()
-        elif isinstance(answer, Scores) and isinstance(request, Score):
-            self._scored(request, answer.value.detach())
-
-    def seen(self, request: Score) -> None:
-        """Keeps pictures that are about to be scored, in case the reward fails."""
-        if self.image is None:
-            self.x0, self.image = request.x0[:1].detach(), request.images[:1].detach()
-
-    def _scored(self, request: Score, value: Tensor) -> None:
-        k = int(value.argmax())
-        top = float(value[k])
-        if request.final == self.final:
-            better = math.isnan(self.reward) or top > self.reward
-        else:
-            better = request.final
-        if better:
-            self.x0, self.image = (
-                request.x0[k : k + 1].detach(),
-                request.images[k : k + 1].detach(),
-            )
-            self.reward, self.final = top, request.final
 
 
 class Engine:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.engine import Engine, Task
+from steering.engine import Engine
 from steering.errors import SteeringError
 from steering.loading import describe
 from steering.method import as_float64, method_options
@@ -21,6 +21,7 @@ from steering.recipe import Recipe, describe_value
 from steering.requests import Outcome
 from steering.result import Result
 from steering.scoring import Reward, score
+from steering.task import Task
 
 
 class Finisher:

@@ -11,13 +11,14 @@ from PIL import Image
 
 import steering
 from steering.analytic import GaussianMixture, LinearReward
-from steering.engine import Engine, Task
+from steering.engine import Engine
 from steering.errors import BudgetError, OptionError, RewardError, SteeringError, TaskErrors
 from steering.ledger import Budget
 from steering.method import Plan
 from steering.requests import Decode, Denoise, Outcome, Progress, Score
 from steering.samplers import FK, BestOfN
 from steering.scoring import resolve_reward
+from steering.task import Task
 
 LINE = LinearReward([1.0])
 
