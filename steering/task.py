@@ -38,10 +38,7 @@ class Best:
     def seen(self, request: Score) -> None:
         """Keeps pictures that are about to be scored, in case the reward fails."""
         if self.image is None:
-            self.x0, self.image = (
-                request.x0[:1].detach().clone(),
-                request.images[:1].detach().clone(),
-            )
+            self._keep(request, 0)
 
     def _scored(self, request: Score, value: Tensor) -> None:
         k = int(value.argmax())
@@ -51,11 +48,13 @@ class Best:
         else:
             better = request.final
         if better:
-            self.x0, self.image = (
-                request.x0[k : k + 1].detach().clone(),
-                request.images[k : k + 1].detach().clone(),
-            )
+            self._keep(request, k)
             self.reward, self.final = top, request.final
+
+    def _keep(self, request: Score, k: int) -> None:
+        # Copies: a view would keep the whole batch it was cut from.
+        self.x0 = request.x0[k : k + 1].detach().clone()
+        self.image = request.images[k : k + 1].detach().clone()
 
 
 @dataclass(eq=False)
