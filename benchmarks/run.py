@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--nfe", type=int, default=320)
     given = parser.parse_args()
+    unknown = sorted(set(given.claims) - set(CLAIMS))
+    if unknown:
+        parser.error(f"unknown claim {', '.join(unknown)}; known: {', '.join(CLAIMS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     machine = {
         "cpu": platform.processor() or platform.machine(),

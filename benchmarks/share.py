@@ -11,6 +11,14 @@ from steering.stickers.prompts import prompts as sticker_prompts
 REPEATS = 5
 
 
+def _line(method: str, row: dict) -> str:
+    share, seconds = row["own_share"], row["seconds"]
+    return (
+        f"{method}: {100 * share['median']:.2f} % ({100 * share['min']:.2f} to "
+        f"{100 * share['max']:.2f}) of {seconds['median']:.2f} s is ours"
+    )
+
+
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts
     pipe = steering.load("stickers")
@@ -31,6 +39,5 @@ def run(*, prompts: int, nfe: int) -> dict:
                 shares.append(1.0 - paid / wall)
                 walls.append(wall)
         rows[method] = {"own_share": spread(shares), "seconds": spread(walls)}
-    lines = [f"{m}: {100 * r['own_share']['median']:.2f} % of {r['seconds']['median']:.2f} s is ours"
-             for m, r in rows.items()]  # fmt: skip
+    lines = [_line(method, row) for method, row in rows.items()]
     return {"nfe": nfe, "rows": rows, "table": "Own share (bar: 3 %)\n" + "\n".join(lines)}
