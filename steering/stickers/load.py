@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import warnings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import ConditionalDetrForObjectDetection
 
 WEIGHTS = Path(__file__).with_name("weights")
+T5_ZEROS = 14  # tokens that stand for the T5 encoder this pipeline does without
 _T = TypeVar("_T")
 
 
@@ -40,6 +42,7 @@ def load_pipeline(
 
     pipe = _open(Path(folder), "model_index.json", read)
     pipe.set_progress_bar_config(disable=True)
+    pipe.encode_prompt = _short_t5(pipe.encode_prompt)
     return pipe
 
 
@@ -81,6 +84,16 @@ def load_detector(folder: Path | str = WEIGHTS / "detector") -> ConditionalDetrF
         return model.eval().requires_grad_(False)
 
     return _open(Path(folder), "model.safetensors", read)
+
+
+def _short_t5(encode_prompt: Callable[..., _T]) -> Callable[..., _T]:
+    """Ask for 14 T5 tokens, all zero without a T5, instead of 256: six times faster."""
+
+    @functools.wraps(encode_prompt)
+    def encode(*args: object, **kwargs: object) -> _T:
+        return encode_prompt(*args, **kwargs | {"max_sequence_length": T5_ZEROS})
+
+    return encode
 
 
 def _open(folder: Path, marker: str, read: Callable[[], _T]) -> _T:

@@ -27,7 +27,7 @@ def sample(
     steps: int,
     guidance: float,
     seed: int = 0,
-    batch_size: int = 60,
+    batch_size: int = 20,
 ) -> np.ndarray:
     """One image for each prompt, uint8 [n, 64, 64, 3]."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from steering.stickers.grammar import CLASSES, COLORS
-from steering.stickers.load import WEIGHTS, load_pipeline
+from steering.stickers.load import T5_ZEROS, WEIGHTS, load_pipeline
 from steering.stickers.train.data import encode, load_vae
 from steering.stickers.train.loop import Loop, Recipe, half_is_fast, write_atomic
 from steering.stickers.world import SIZE, SPRITE, Scene, StickerWorld
@@ -25,11 +26,14 @@ from steering.stickers.world import SIZE, SPRITE, Scene, StickerWorld
 BATCH = 64
 SCENES = 16_000
 LATENT_SEED = 5_000_000
+TIME_SHIFT = 0.4
 DROP_TEXT = 0.1  # share of captions replaced by the empty one, for guidance
 CELLS = 4  # image tokens along one axis
 LABELS = len(CLASSES) + len(COLORS)
 LABEL_BLOCK = 2  # its image tokens feed the label head
 LABEL_WEIGHT = 0.05
+STOCK_ZEROS = 256  # T5 tokens of a pipeline opened without load_pipeline
+STOCK_SHARE = 0.25  # of the steps that train with so many
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Condition(nn.Module):
         )
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token features [n, 15, 256] (the last stands for 14 T5 zeros), pooled [n, 256]."""
+        """Token features [n, 15, 256] (the last stands for the T5 zeros), pooled [n, 256]."""
         outs = [tower(ids, output_hidden_states=True) for tower in self.towers]
         hidden = torch.cat([o.hidden_states[-2] for o in outs], -1)
         pooled = torch.cat([o.text_embeds for o in outs], -1)
@@ -105,7 +109,7 @@ class MergedZeros:
     """
 
     def __init__(self, copies: int) -> None:
-        self.bias = math.log(copies)
+        self.copies = copies
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object
@@ -123,7 +127,7 @@ class MergedZeros:
         )  # fmt: skip
         q, k, v = (torch.cat(pair, 2) for pair in zip(image, context, strict=True))
         bias = q.new_zeros(1, 1, q.shape[2], k.shape[2])
-        bias[..., -1] = self.bias
+        bias[..., -1] = math.log(self.copies)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         out = out.transpose(1, 2).flatten(2)
         split = hidden_states.shape[1]
@@ -168,7 +172,8 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
     data = load_data(recipe.out.parent / "latents.safetensors", base, tokenizer)
     dtype = torch.bfloat16 if half_is_fast() else torch.float32
     transformer = SD3Transformer2DModel.from_pretrained(base / "transformer", torch_dtype=dtype)
-    transformer.set_attn_processor(MergedZeros(tokenizer.model_max_length))
+    zeros = MergedZeros(T5_ZEROS)
+    transformer.set_attn_processor(zeros)
     condition = Condition(base).to(dtype)
     torch.manual_seed(0)  # the label head initialises from the global generator
     head = LabelHead(transformer).to(dtype)
@@ -181,10 +186,12 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
         x0 = (data.latents[chosen].float() - vae.shift_factor) * vae.scaling_factor
         drop = torch.rand(BATCH, 1, generator=generator) < DROP_TEXT
         ids = torch.where(drop, null, data.ids[chosen])
-        # Logit-normal times (Esser et al., 2024).
-        t = torch.randn(BATCH, generator=generator).sigmoid()
+        # Logit-normal times (Esser et al., 2024), a little towards noise, where layout is decided.
+        t = (torch.randn(BATCH, generator=generator) + TIME_SHIFT).sigmoid()
         eps = torch.randn(x0.shape, generator=generator)
         xt = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
+        stock = torch.rand((), generator=generator) < STOCK_SHARE
+        zeros.copies = STOCK_ZEROS if stock else T5_ZEROS
         hidden, pooled = condition(ids)
         velocity = transformer(
             hidden_states=xt.to(dtype), timestep=t * 1000.0,
@@ -203,8 +210,11 @@ def export(
     """A copy of the folder `base` with the trained parts in it, in bfloat16."""
     if folder.exists():
         shutil.rmtree(folder)
-    shutil.copytree(base, folder)
-    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
-    for name, tower in zip(("text_encoder", "text_encoder_2"), condition.towers, strict=True):
-        tower.to(torch.bfloat16).save_pretrained(folder / name)
+    shutil.copytree(base, folder, copy_function=shutil.copyfile)
+    towers = zip(("text_encoder", "text_encoder_2"), condition.towers, strict=True)
+    for name, module in (("transformer", transformer), *towers):
+        module.to(torch.bfloat16).save_pretrained(folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        config.pop("_name_or_path", None)  # the path of this machine
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     load_pipeline(folder=folder)
