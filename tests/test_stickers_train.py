@@ -13,17 +13,17 @@ from torch import nn
 from steering.stickers import CLASSES, StickerWorld
 from steering.stickers.train.detector import build, targets
 from steering.stickers.train.flow import LABELS, MergedZeros, label_map
-from steering.stickers.train.loop import Loop, Recipe
+from steering.stickers.train.loop import Loop, Recipe, seeded_init
 from steering.stickers.world import SIZE, SPRITE
 
 
 def test_one_token_stands_for_fourteen_zeros() -> None:
-    torch.manual_seed(0)
-    net = SD3Transformer2DModel(
-        sample_size=4, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16,
-        pooled_projection_dim=12, out_channels=4, pos_embed_max_size=2, qk_norm="rms_norm",
-    )  # fmt: skip
+    with seeded_init(0):
+        net = SD3Transformer2DModel(
+            sample_size=4, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16,
+            pooled_projection_dim=12, out_channels=4, pos_embed_max_size=2, qk_norm="rms_norm",
+        )  # fmt: skip
     g = torch.Generator().manual_seed(1)
     x, text = torch.randn(2, 4, 4, 4, generator=g), torch.randn(2, 5, 12, generator=g)
     pooled, t = torch.randn(2, 12, generator=g), torch.tensor([900.0, 300.0])
@@ -92,6 +92,16 @@ def test_detector_starts_with_every_query_at_its_place() -> None:
     found = labels < len(CLASSES)
     assert int(found.sum()) == sum(len(s.objects) for s in scenes)
     torch.testing.assert_close(guess[found], boxes[found], rtol=0, atol=1e-4)
+
+
+def test_seeded_init_leaves_the_global_generator_as_it_was() -> None:
+    before = torch.default_generator.get_state()
+    layers = []
+    for _ in range(2):
+        with seeded_init(3):
+            layers.append(nn.Linear(4, 4).weight)
+    assert torch.equal(*layers)
+    assert torch.equal(torch.default_generator.get_state(), before)
 
 
 def test_label_maps_cover_each_object_once() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steering.stickers.train.data import chunks, draw, encode, to_tensor
-from steering.stickers.train.loop import Loop, Recipe, autocast
+from steering.stickers.train.loop import Loop, Recipe, autocast, seeded_init
 from steering.stickers.world import SPRITE, Scene, StickerWorld
 
 BATCH = 32
@@ -23,11 +23,11 @@ def build(warm_start: Path | None) -> torch.nn.Module:
 
     if warm_start is not None:
         return AutoencoderTiny.from_pretrained(warm_start, torch_dtype=torch.float32)
-    torch.manual_seed(0)  # diffusers initialises from the global generator
-    return AutoencoderTiny(
-        encoder_block_out_channels=(48,) * 3, decoder_block_out_channels=(48,) * 3,
-        num_encoder_blocks=(1, 1, 2), num_decoder_blocks=(2, 2, 1), latent_channels=8,
-    )  # fmt: skip
+    with seeded_init(0):
+        return AutoencoderTiny(
+            encoder_block_out_channels=(48,) * 3, decoder_block_out_channels=(48,) * 3,
+            num_encoder_blocks=(1, 1, 2), num_decoder_blocks=(2, 2, 1), latent_channels=8,
+        )  # fmt: skip
 
 
 def object_mask(scenes: list[Scene]) -> Tensor:

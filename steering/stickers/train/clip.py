@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steering.stickers.load import WEIGHTS, load_clip
 from steering.stickers.train.data import DecodedPool, draw, to_tensor
-from steering.stickers.train.loop import Loop, Recipe, autocast, write_atomic
+from steering.stickers.train.loop import Loop, Recipe, autocast, seeded_init, write_atomic
 from steering.stickers.world import StickerWorld
 
 BATCH = 256
@@ -45,8 +45,8 @@ def build(warm_start: Path | None) -> nn.Module:
     """A fresh model, or one with every tensor of `warm_start` whose shape fits."""
     from open_clip.model import CLIP
 
-    torch.manual_seed(0)  # open_clip initialises from the global generator
-    model = CLIP(**MODEL)
+    with seeded_init(0):
+        model = CLIP(**MODEL)
     if warm_start is not None:
         own, old = model.state_dict(), load_file(warm_start)
         length = MODEL["text_cfg"]["context_length"]

@@ -18,7 +18,7 @@ from steering.errors import OptionError
 from steering.stickers.grammar import CLASSES, TAGS
 from steering.stickers.load import WEIGHTS
 from steering.stickers.train.data import DecodedPool, draw, to_tensor
-from steering.stickers.train.loop import Loop, Recipe, autocast
+from steering.stickers.train.loop import Loop, Recipe, autocast, seeded_init
 from steering.stickers.world import GRID, SIZE, SPRITE, Scene, StickerWorld, paste, sprite
 
 BATCH = 64
@@ -36,7 +36,6 @@ def build() -> ConditionalDetrForObjectDetection:
 
     Its batch norms are live; `export` freezes them, as DETR has them.
     """
-    torch.manual_seed(0)  # transformers initialises from the global generator
     backbone = ResNetConfig(
         embedding_size=32, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic",
         out_features=["stage2"],
@@ -47,7 +46,8 @@ def build() -> ConditionalDetrForObjectDetection:
         encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0, position_embedding_type="learned",
         id2label=dict(enumerate(CLASSES)), label2id={name: k for k, name in enumerate(CLASSES)},
     )  # fmt: skip
-    model = ConditionalDetrForObjectDetection(config)
+    with seeded_init(0):
+        model = ConditionalDetrForObjectDetection(config)
     _thaw(model.model.backbone)
     _look_at_places(model)
     return model.requires_grad_(True)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from steering.stickers.grammar import CLASSES, COLORS
 from steering.stickers.load import T5_ZEROS, WEIGHTS, load_pipeline
 from steering.stickers.train.data import encode, load_vae
-from steering.stickers.train.loop import Loop, Recipe, half_is_fast, write_atomic
+from steering.stickers.train.loop import Loop, Recipe, half_is_fast, seeded_init, write_atomic
 from steering.stickers.world import SIZE, SPRITE, Scene, StickerWorld
 
 BATCH = 64
@@ -175,8 +175,8 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
     zeros = MergedZeros(T5_ZEROS)
     transformer.set_attn_processor(zeros)
     condition = Condition(base).to(dtype)
-    torch.manual_seed(0)  # the label head initialises from the global generator
-    head = LabelHead(transformer).to(dtype)
+    with seeded_init(0):
+        head = LabelHead(transformer).to(dtype)
     loop = Loop(recipe, {"transformer": transformer, "condition": condition, "head": head})
     null = tokenize(tokenizer, [""])
     vae = load_vae(base / "vae").config

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def half_is_fast() -> bool:
 def autocast() -> torch.autocast:
     """bf16 autocast where it pays."""
     return torch.autocast("cpu", torch.bfloat16, enabled=half_is_fast())
+
+
+@contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Libraries initialise layers from the global generator: seed it, then put it back."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
