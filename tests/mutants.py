@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "mean of the draws instead of log mean exp",
         "samplers/fk.py",
-        "return torch.logsumexp(rho, 0) - torch.log(torch.tensor(float(len(values))))",
-        "return torch.logsumexp(rho, 0)",
+        "rho = torch.logsumexp(torch.stack(values), 0) - math.log(len(values))",
+        "rho = torch.logsumexp(torch.stack(values), 0)",
         (
             f"{LEDGER}[draws]",
             "tests/test_fk.py::test_the_potential_of_draws_is_their_log_mean_exp",
@@ -297,7 +297,7 @@ MUTANTS = (
     ),
     Mutant(
         "a preview beats a finished picture",
-        "steering/engine.py",
+        "steering/task.py",
         "better = request.final\n",
         "better = False\n",
         ("tests/test_engine.py::test_a_finished_picture_beats_any_preview",),
