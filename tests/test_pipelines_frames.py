@@ -254,6 +254,13 @@ def test_blending_inpainting_is_refused():
     mask[..., 8:] = 1.0
     with pytest.raises(PipelineError, match="alters the state"):
         wrap(pipe, **kwargs, image=image, mask_image=mask, strength=1.0)
+    assert not pipe.unet._forward_pre_hooks  # nothing is left behind on the user's network
+
+
+def test_arguments_the_pipeline_chokes_on_are_an_error_of_its_name():
+    pipe, kwargs = tiny.build("sd3")
+    with pytest.raises(PipelineError, match="does not take these arguments: TypeError"):
+        wrap(pipe, **{**kwargs, "num_inference_steps": "many"})
 
 
 def test_inpainting_by_input_channels_is_driven():

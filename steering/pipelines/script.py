@@ -53,7 +53,12 @@ class Script:
     def _look(self) -> None:
         """A run that ends at the loop: the schedule as the pipeline set it, and the state."""
         frame = Frame(self, (0,), stop="loop", generator=self.seed(1))
-        frame.run()
+        try:
+            frame.run()
+        except (TypeError, ValueError) as error:
+            raise PipelineError(
+                f"{self.name} does not take these arguments: {type(error).__name__}: {error}"
+            ) from error
         if frame.walked is None or frame.latents is None or frame.full_schedule is None:
             missing = (
                 "call prepare_latents"

@@ -91,7 +91,11 @@ class WrappedPipeline:
         self._found_plan: Plan | None = None
         self._wide_noise: bool | None = None
         if suspicious:
-            self._plan()
+            try:
+                self._plan()
+            except BaseException:
+                self.close()  # the user gets no model that could be closed
+                raise
 
     @property
     def guidance(self) -> float | None:
