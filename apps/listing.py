@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from steering.method import _plain
+from steering.method import plain
 from steering.registry import METHODS, REWARDS
 
 
@@ -19,7 +19,7 @@ def method_rows() -> list[dict[str, Any]]:
             for word, flag in (("gradient", cls.needs_gradient), ("noise", cls.needs_stochastic))
             if flag
         ]
-        options = {f.name: _plain(f.default) for f in dataclasses.fields(cls)}
+        options = {f.name: plain(f.default) for f in dataclasses.fields(cls)}
         rows.append(
             {
                 "name": name,
@@ -30,7 +30,7 @@ def method_rows() -> list[dict[str, Any]]:
                 "anytime": cls.anytime,
                 "options": options,
                 "presets": {
-                    k: {a: _plain(b) for a, b in v.items()} for k, v in cls.presets.items()
+                    k: {a: plain(b) for a, b in v.items()} for k, v in cls.presets.items()
                 },
             }
         )

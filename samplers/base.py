@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steering.errors import BudgetError, OptionError, unknown_name
 from steering.grids import SHAPES, Grid, on_path
-from steering.method import Cost, Plan
+from steering.method import Cost, Plan, coerce
 from steering.model import Model
 from steering.transitions import (
     EtaKernel,
@@ -52,6 +52,9 @@ class Sampler:
     presets: ClassVar[dict[str, dict[str, object]]] = {}
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = coerce(type(self), f.name, getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
         if self.transition != "eta" and self.transition not in TRANSITIONS:
             raise unknown_name("transition", self.transition, ["eta", *TRANSITIONS])
         if self.grid != "own" and self.grid not in SHAPES:

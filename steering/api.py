@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from typing import Any
 
 from steering.engine import Engine, Listener
@@ -58,10 +59,12 @@ def steer(
         **call_kwargs: what ``pipe(...)`` takes besides the prompt (checked against it).
 
     Returns:
-        A Result; a list of them for a list of prompts.
+        A Result; a list of them for a list of prompts (None for those that a stop kept from
+        starting).
 
     Raises:
         OptionError, BudgetError, PipelineError: before anything is spent.
+        BudgetError: also when the seconds are over; ``error.result`` holds the best so far.
         RewardError: the reward failed; ``error.result`` holds the best so far.
         TaskErrors: some prompts of a list failed; ``.results`` has the others.
     """
@@ -107,6 +110,10 @@ def _model(pipe: object, prompt: Any, call_kwargs: dict[str, Any]) -> tuple[Mode
                 "it for the new prompts, or leave prompt out."
             )
         return pipe, False
+    if isinstance(pipe, str | os.PathLike):
+        raise OptionError(
+            f"{pipe!r} is a name, not a pipeline. Open it first: steering.load({str(pipe)!r})."
+        )
     from steering.loading import source_of
     from steering.pipelines import wrap
 
@@ -144,6 +151,8 @@ def _distinct(guide: Reward, verifiers: Sequence[Reward]) -> None:
 def _caps(nfe: int | None, budget: Budget | None) -> Budget:
     if budget is None:
         return Budget(nfe=nfe)
+    if not isinstance(budget, Budget):
+        raise OptionError(f"budget must be a steering.Budget, got {budget!r}; nfe= is a number.")
     if nfe is None:
         return budget
     if budget.nfe is not None:
@@ -155,13 +164,7 @@ def _tasks(
     model: Model, method: Method, reward: Reward, budget: Budget, seed: int | Sequence[int]
 ) -> list[Task]:
     n = len(model.prompts)
-    seeds = [seed] * n if isinstance(seed, int) else seed
-    if (
-        not isinstance(seeds, Sequence)
-        or len(seeds) != n
-        or not all(isinstance(s, int) for s in seeds)
-    ):
-        raise OptionError(f"seed must be one integer or one per prompt ({n}), got {seed!r}.")
+    seeds = _seeds(seed, n)
     grid = method.levels(model)
     spread = getattr(reward, "spread", None)
     plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
@@ -170,6 +173,18 @@ def _tasks(
         Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
         for i, text in enumerate(model.prompts)
     ]
+
+
+def _seeds(seed: Any, n: int) -> list[int]:  # noqa: ANN401
+    listed = [seed] * n if isinstance(seed, Integral) else seed
+    if (
+        isinstance(listed, str | bytes)
+        or not isinstance(listed, Iterable)
+        or len(listed := list(listed)) != n
+        or not all(isinstance(s, Integral) for s in listed)
+    ):
+        raise OptionError(f"seed must be one integer or one per prompt ({n}), got {seed!r}.")
+    return [int(s) for s in listed]
 
 
 def _single(result: Result | None, task: Task, folder: Any) -> Result:  # noqa: ANN401

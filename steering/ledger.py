@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 from steering.errors import BudgetError, OptionError
@@ -24,8 +25,16 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and not value > 0:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise OptionError(f"Budget: {name} must be a number, got {value!r}.")
+            if not value > 0:
                 raise OptionError(f"Budget: {name} must be positive, got {value!r}.")
+            if name != "seconds":
+                if not float(value).is_integer():
+                    raise OptionError(f"Budget: {name} must be a whole number, got {value!r}.")
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(eq=False)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,12 +156,13 @@ class Context:
 
 def method_options(method: Method) -> dict[str, Any]:
     """The options of a method instance as plain JSON values."""
-    return {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return {f.name: plain(getattr(method, f.name)) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """An option value with tuples as the lists that JSON has."""
     if isinstance(value, tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
@@ -198,23 +202,28 @@ def coerce(cls: type, name: str, value: Any) -> Any:  # noqa: ANN401
     Raises:
         OptionError: names the option, the type wanted and the value seen.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    wanted = _hints(cls)[name]
+    if isinstance(value, str) and value.lower() in ("none", "null", ""):
+        value = None
+    elif isinstance(value, np.generic):
+        value = value.item()
     try:
-        if isinstance(value, str) and value.lower() in ("none", "null", ""):
-            value = None
-        adapter = TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
-        return adapter.validate_python(value)
+        return _adapter(cls, name).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise OptionError(f"Option {name}={value!r}: {reason}.") from None
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    import typing
+@functools.cache  # building one takes longer than a small step of a sampler
+def _adapter(cls: type, name: str) -> Any:  # noqa: ANN401
+    from pydantic import ConfigDict, TypeAdapter
 
-    return typing.get_type_hints(cls)
+    try:
+        wanted = typing.get_type_hints(cls)[name]
+    except NameError:  # a class of the user's whose annotations name what only it can see
+        wanted = Any
+    return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
 
 
 def default_costs(model: Model, grid: Grid) -> tuple[int, ...]:

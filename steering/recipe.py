@@ -90,6 +90,10 @@ class Recipe:
                 raise RecipeError(f"{where}: damaged recipe, {name!r} is not a {kind.__name__}.")
         if not 0 <= self.prompt < len(self.prompts) or len(self.seeds) != len(self.prompts):
             raise RecipeError(f"{where}: damaged recipe, prompt {self.prompt} is out of range.")
+        if not all(p is None or isinstance(p, str) for p in self.prompts):
+            raise RecipeError(f"{where}: damaged recipe, prompts are no texts.")
+        if not isinstance(self.engine.get("max_batch"), int | None):
+            raise RecipeError(f"{where}: damaged recipe, engine.max_batch is no number.")
         if self.image < 0 or "name" not in self.method or "options" not in self.method:
             raise RecipeError(f"{where}: damaged recipe, no method or image index.")
 
@@ -191,7 +195,10 @@ def writable_folder(out: str | os.PathLike[str]) -> Path:
     Raises:
         OptionError: it is a file, or cannot be written.
     """
-    folder = Path(out)
+    try:
+        folder = Path(out)
+    except TypeError:
+        raise OptionError(f"out must be the path of a folder, got {out!r}.") from None
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"out={str(folder)!r} is a file; name a folder.")
     try:

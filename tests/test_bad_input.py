@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,10 @@ BAD = {
     "nfe is 0": ({"nfe": 0}, "nfe must be positive, got 0"),
     "nfe below 0": ({"nfe": -3}, "nfe must be positive, got -3"),
     "nfe twice": ({"nfe": 50, "budget": Budget(nfe=60)}, "nfe is given twice"),
+    "nfe is text": ({"nfe": "50"}, "nfe must be a number, got '50'"),
+    "half a row": ({"nfe": 50.5}, "nfe must be a whole number, got 50.5"),
+    "budget is a number": ({"budget": 50}, "budget must be a steering.Budget, got 50"),
+    "out is a number": ({"out": 5}, "out must be the path of a folder, got 5"),
     "max_batch": ({"max_batch": 0}, "max_batch must be at least 1"),
 }
 
@@ -111,6 +116,37 @@ def test_a_folder_below_a_file_is_refused_before_anything_is_spent(tmp_path) -> 
 def test_eta_zero_is_fine_where_nothing_is_resampled() -> None:
     for options in ({"resample": "never"}, {"n_particles": 1}):
         steering.steer(mixture(), "a", reward=LINE, method=FK(eta=0.0, **options))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (FK, {"resample": "somtimes"}, "resample='somtimes'"),
+        (FK, {"n_particles": 2.5}, "n_particles=2.5"),
+        (FK, {"checkpoints": 0.5}, "checkpoints=0.5"),
+        (FK, {"mode": "author"}, "mode='author'"),
+        (BestOfN, {"select": "agmax"}, "select='agmax'"),
+    ],
+)
+def test_instances_are_as_strict_as_names(cls: type, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        cls(**options)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    method = FK(n_particles=np.int64(2), checkpoints=[np.float32(0.5)])  # type: ignore[arg-type]
+    found = [
+        steering.steer(mixture("a", "b"), reward=LINE, method=method, nfe=nfe, seed=seed)
+        for nfe, seed in ((40, [1, 2]), (np.int64(40), np.arange(1, 3)), (4e1, (1, np.uint8(2))))
+    ]
+    for results in found[1:]:
+        assert torch.equal(results[1].samples, found[0][1].samples)
+        assert results[1].recipe == found[0][1].recipe
+
+
+def test_a_name_is_not_a_pipeline() -> None:
+    with pytest.raises(OptionError, match=r"steering\.load\('stickers'\)"):
+        steering.steer("stickers", "a", reward=LINE)
 
 
 def test_names_presets_and_options_reach_the_method() -> None:
