@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.errors import OptionError
 from steering.scoring import Reward as RewardProtocol
-from steering.scoring import Scores, check_scores
+from steering.scoring import Scores, check_scores, labels
 
 
 class Arithmetic:
@@ -117,9 +117,10 @@ class WeightedSum(Arithmetic):
             RewardError: a component returned the wrong number of values, NaN or +inf.
         """
         images = [images] if isinstance(images, Image.Image) else images
+        keys = labels([reward for _, reward in self.terms])
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
-        for key, (weight, reward) in zip(self._keys(), self.terms, strict=True):
+        for key, (weight, reward) in zip(keys, self.terms, strict=True):
             found = reward(images, prompts, metadata=metadata)
             check_scores(found, reward.name, len(images), f", a part of {self.name!r}")
             parts[key] = found.value
@@ -129,17 +130,6 @@ class WeightedSum(Arithmetic):
             total = value if total is None else total + value.to(total.device)
         assert total is not None
         return Scores(value=total + self.offset, parts=parts)
-
-    def _keys(self) -> list[str]:
-        """Names of the parts: the component's name, its spec where two share a name."""
-        names = [reward.name for _, reward in self.terms]
-        keys = [
-            reward.name if names.count(reward.name) == 1 else reward.spec or reward.name
-            for _, reward in self.terms
-        ]
-        return [
-            k if keys.count(k) == 1 else f"{k}#{keys[:i].count(k)}" for i, k in enumerate(keys)
-        ]
 
 
 def _is_number(value: object) -> TypeGuard[float]:

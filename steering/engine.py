@@ -20,7 +20,7 @@ from steering.errors import BudgetError, OptionError
 from steering.method import Context
 from steering.model import Model
 from steering.paths import Prediction
-from steering.requests import Decode, Denoise, Progress, Request, Score
+from steering.requests import Decode, Denoise, Outcome, Progress, Request, Score
 from steering.scoring import Scores, score
 from steering.task import Task
 
@@ -105,9 +105,7 @@ class Engine:
                     answer = TypeError(f"{task.method.name!r} asked for {request!r}, no Request.")
             pending[task] = request
         except StopIteration as stop:
-            task.outcome = stop.value
-        except BudgetError as error:
-            task.error = error
+            task.outcome, task.error = _ended(task, stop.value)
         except Exception as error:
             task.error = error
         own = time.perf_counter() - started - (task.ledger.seconds - before)
@@ -135,7 +133,7 @@ class Engine:
             groups.setdefault(shared, []).append(task)
         for group in groups.values():
             requests = [pending[t] for t in group]
-            answers = self._answers(group, requests)
+            answers = self.answers(group, requests)
             for task, request, answer in zip(group, requests, answers, strict=True):
                 task.best.note(request, answer)
                 self._advance(task, pending, answer)
@@ -149,15 +147,15 @@ class Engine:
         else:
             task.ledger.check(task.budget)
 
-    def _answers(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
-        """One answer or error per task."""
+    def answers(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
+        """One answer or error per task, for requests of one kind and one reward."""
         try:
             batch = Batch(tasks, requests)
         except Exception as error:  # rows of different shapes
             if len(tasks) == 1:
                 return [error]
             pairs = zip(tasks, requests, strict=True)
-            return [answer for t, r in pairs for answer in self._answers([t], [r])]
+            return [answer for t, r in pairs for answer in self.answers([t], [r])]
         return self._call(batch)
 
     def _call(self, batch: Batch) -> list[Any]:
@@ -208,3 +206,10 @@ class Engine:
         seconds = time.perf_counter() - started
         batch.charge(rows, self.model.rows - rows_before, seconds)
         return answer
+
+
+def _ended(task: Task, value: object) -> tuple[Outcome | None, TypeError | None]:
+    """What a method returned, or the error that it returned something else."""
+    if isinstance(value, Outcome):
+        return value, None
+    return None, TypeError(f"{task.method.name!r} returned {value!r}, no Outcome.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import torch
 from torch import Tensor
 
 from steering.engine import Engine
-from steering.errors import SteeringError
+from steering.ledger import Ledger
 from steering.loading import describe
 from steering.method import as_float64, method_options
 from steering.model import Model
 from steering.recipe import Recipe, describe_value
-from steering.requests import Outcome
+from steering.requests import Outcome, Request, Score
 from steering.result import Result
-from steering.scoring import Reward, score
-from steering.task import Task
+from steering.scoring import Reward, labels, score
+from steering.task import Best, Task
 
 
 class Finisher:
@@ -84,34 +83,36 @@ class Finisher:
         )
 
     def _heldout(self, outcomes: Sequence[Outcome | None]) -> list[dict[str, Tensor]]:
-        """Held-out scores of all pictures, one batched call per verifier."""
+        """Held-out scores of all pictures. A verifier that fails for a prompt is an error of that
+        prompt, whose pictures are kept; memory is handled as in the search."""
         found: list[dict[str, Tensor]] = [{} for _ in outcomes]
         rows = [(i, o) for i, o in enumerate(outcomes) if o is not None]
-        if not rows or not self.verifiers:
-            return found
-        images = torch.cat([o.images for _, o in rows])
-        prompts = [self.tasks[i].prompt for i, o in rows for _ in range(len(o.images))]
-        for verifier in self.verifiers:
-            started = time.perf_counter()
+        for name, verifier in zip(labels(self.verifiers), self.verifiers, strict=True):
+            # Tasks of their own: a verifier's calls must not count as the search's.
+            judged = [
+                replace(self.tasks[i], reward=verifier, ledger=Ledger(), best=Best())
+                for i, _ in rows
+            ]
             try:
-                with torch.no_grad():
-                    values = as_float64(score(verifier, images, prompts).value)
-            except SteeringError as error:
-                self._blame(error)
-                continue
-            seconds = (time.perf_counter() - started) / len(images)
-            for (i, o), part in zip(
-                rows, values.split([len(o.images) for _, o in rows]), strict=True
-            ):
-                found[i][verifier.name] = part
-                self.tasks[i].ledger.charge("heldout_calls", len(o.images))
-                self.tasks[i].ledger.charge_seconds("heldout", seconds * len(o.images))
+                answers = self._judge(judged, [o for _, o in rows])
+            except KeyboardInterrupt:
+                for i, _ in rows:
+                    self.tasks[i].cancelled = True
+                break
+            for (i, _), own, answer in zip(rows, judged, answers, strict=True):
+                task = self.tasks[i]
+                task.ledger.charge("heldout_calls", own.ledger.reward_calls)
+                task.ledger.charge_seconds("heldout", own.ledger.seconds)
+                if isinstance(answer, BaseException):
+                    task.error = task.error or answer
+                else:
+                    found[i][name] = as_float64(answer.value)
         return found
 
-    def _blame(self, error: SteeringError) -> None:
-        """A held-out verifier that fails is an error of every task, but their work is kept."""
-        for task in self.tasks:
-            task.error = task.error or error
+    def _judge(self, tasks: list[Task], outcomes: list[Outcome]) -> list[Any]:
+        """Scores or an error per task, from one merged batch."""
+        requests: list[Request] = [Score(o.images, o.x0, final=True) for o in outcomes]
+        return self.engine.answers(tasks, requests) if tasks else []
 
     def _result(self, task: Task, outcome: Outcome, heldout: dict[str, Tensor]) -> Result:
         order = outcome.reward.nan_to_num(-torch.inf).argsort(descending=True, stable=True)

@@ -91,8 +91,27 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[Any], *, where: str 
     return check_scores(scores, reward.name, n, where)
 
 
-def check_scores(scores: Scores, name: str, n: int, where: str) -> Scores:
+def labels(rewards: Sequence[Reward]) -> list[str]:
+    """A name per reward for reports: its own, its spec where names repeat, numbered at need."""
+    names = [reward.name for reward in rewards]
+    keys = [r.name if names.count(r.name) == 1 else r.spec or r.name for r in rewards]
+    return [k if keys.count(k) == 1 else f"{k}#{keys[:i].count(k)}" for i, k in enumerate(keys)]
+
+
+def check_scores(scores: object, name: str, n: int, where: str) -> Scores:
     """Raises where the values cannot be used as rewards of n images."""
+    if not isinstance(scores, Scores):
+        raise RewardError(
+            f"Reward {name!r} returned {type(scores).__name__}{where}; an object with name, spec "
+            "and differentiable must return steering.scoring.Scores. A plain function may return "
+            "a tensor or a list."
+        )
+    for part, values in scores.parts.items():
+        if not isinstance(values, Tensor) or values.shape[:1] != (n,):
+            raise RewardError(
+                f"Reward {name!r}: part {part!r} must be a tensor with one entry per image, {n} "
+                f"in all{where}."
+            )
     value = scores.value
     if value.ndim != 1 or len(value) != n:
         raise RewardError(

@@ -17,7 +17,7 @@ from steering.ledger import Budget
 from steering.method import Plan
 from steering.requests import Decode, Denoise, Outcome, Progress, Score
 from steering.samplers import FK, BestOfN
-from steering.scoring import resolve_reward
+from steering.scoring import Scores, resolve_reward
 from steering.task import Task
 
 LINE = LinearReward([1.0])
@@ -351,6 +351,84 @@ def test_a_failing_heldout_verifier_keeps_the_result() -> None:
     with pytest.raises(RewardError, match="fell asleep") as caught:
         steer(Watched(), LINE, BestOfN(n=3, select="all"), heldout=boom)
     assert len(caught.value.result) == 3
+
+
+def test_a_verifier_that_fails_for_one_prompt_keeps_the_scores_of_the_others() -> None:
+    def picky(images, prompts):
+        if "b" in prompts:
+            raise ValueError("no b")
+        return images[:, 0]
+
+    model = Watched(("a", "b", "c"))
+    with pytest.raises(TaskErrors, match="no b") as caught:
+        steer(model, LINE, BestOfN(n=2, select="all"), heldout=picky)
+    assert list(caught.value.errors) == [1]
+    assert caught.value.errors[1].result.prompt == "b"
+    first, none, last = caught.value.results
+    assert none is None
+    for result in (first, last):
+        assert torch.equal(result.heldout["picky"], result.samples[:, 0].float().double())
+        assert result.ledger.heldout_calls == result.ledger.reward_calls == 2
+
+
+def test_a_verifier_without_memory_is_halved_too() -> None:
+    widths = []
+
+    def wide(images, prompts):
+        widths.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return images[:, 0]
+
+    results = steer(Watched(("a", "b")), LINE, BestOfN(n=3, select="all"), heldout=wide)
+    assert widths[0] == 6
+    assert all(len(r.heldout["wide"]) == 3 for r in results)
+
+
+def test_an_interrupt_inside_a_verifier_keeps_the_pictures() -> None:
+    def interrupted(images, prompts):
+        raise KeyboardInterrupt
+
+    result = steer(Watched(), LINE, BestOfN(n=2), heldout=interrupted)
+    assert result.cancelled
+    assert not result.preview
+    assert result.heldout == {}
+
+
+def test_verifiers_of_one_name_are_told_apart() -> None:
+    ways = [lambda x, p: x[:, 0], lambda x, p: -x[:, 0]]
+    held = steer(Watched(), LINE, BestOfN(n=1), heldout=ways).heldout
+    assert list(held) == ["<lambda>#0", "<lambda>#1"]
+    assert torch.equal(held["<lambda>#0"], -held["<lambda>#1"])
+
+
+@pytest.mark.parametrize("part", [0.5, None, torch.zeros(()), torch.zeros(1)])
+def test_parts_that_do_not_fit_are_an_error_of_the_reward(part) -> None:
+    def odd(images, prompts):
+        return Scores(images[:, 0], {"odd": part})
+
+    with pytest.raises(RewardError, match="part 'odd' must be a tensor with one entry per image"):
+        steer(Watched(), odd, BestOfN(n=2))
+
+
+def test_a_reward_object_that_returns_no_scores() -> None:
+    class Bare:
+        name, spec, differentiable = "bare", None, False
+
+        def __call__(self, images, prompts, *, metadata=None):
+            return images[:, 0]
+
+    with pytest.raises(RewardError, match="'bare' returned Tensor"):
+        steer(Watched(), Bare(), BestOfN(n=2))
+
+
+def test_a_method_must_return_an_outcome() -> None:
+    class Silent(BestOfN):
+        def run(self, ctx):
+            yield Progress(step=1, of=1)
+
+    with pytest.raises(TypeError, match="returned None, no Outcome"):
+        steer(Watched(), LINE, Silent(n=1))
 
 
 def test_a_request_that_is_none_is_refused() -> None:
