@@ -72,7 +72,8 @@ class FunctionReward(Arithmetic):
         Raises:
             RewardError: the result cannot be read as numbers, or lost the gradient on its way.
         """
-        given = images if isinstance(images, Tensor) else as_tensor(images)
+        # A copy: what a function does in place must not reach the pictures that are delivered.
+        given = images.clone() if isinstance(images, Tensor) else as_tensor(images)
         n = len(given)
         if self.images == "pil":
             given = to_pil(given)

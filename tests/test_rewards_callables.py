@@ -121,6 +121,15 @@ def test_callables_take_states_of_any_shape():
     torch.testing.assert_close(value, -(points**2).sum(1))
 
 
+def test_a_function_may_write_into_what_it_is_given(images):
+    def careless(x):
+        return x.mul_(2).mean((1, 2, 3))
+
+    before = images.clone()
+    assert torch.allclose(as_reward(careless)(images, "x").value, 2 * mean(before))
+    assert torch.equal(images, before)
+
+
 def test_names(images):
     assert as_reward(mean).name == "mean"
     assert as_reward(mean).spec is None
