@@ -79,7 +79,7 @@ def generate(
 ) -> None:
     """Make a picture of PROMPT that the reward likes."""
     from steering.apps.jobs import Job, report
-    from steering.result import finite
+    from steering.result import finite, picture_name
 
     job = Job(model=model, dtype=dtype, device=device, reward=reward, heldout=heldout or [])
     folder = out or Path("out/steer")
@@ -87,7 +87,7 @@ def generate(
     result = job.steer(prompt, method, nfe=nfe, seed=seed, out=folder, options=options, call=call)
     report(console, result, method)
     if as_json:
-        files = sorted(str(f) for f in folder.glob("*.png"))[: len(result)]
+        files = [str(folder / picture_name(k)) for k in range(len(result))]
         data = {
             "best_reward": result.best_reward,
             "heldout": {k: v.tolist() for k, v in result.heldout.items()},
@@ -116,6 +116,7 @@ def compare(
     """Unsteered beside several methods at equal network calls, in one picture."""
     from steering.apps.comparison import compare_methods, draw, tabulate
     from steering.apps.jobs import Job
+    from steering.result import finite
 
     job = Job(model=model, dtype=dtype, device=device, reward=reward, heldout=heldout or [])
     names = [m.strip() for m in methods.split(",") if m.strip()]
@@ -125,7 +126,7 @@ def compare(
     console.print(f"Picture: {picture}")
     if as_json:
         rows = [entry.to_json() for entry in entries]
-        typer.echo(json.dumps({"prompt": prompt, "picture": str(picture), "rows": rows}))
+        typer.echo(json.dumps(finite({"prompt": prompt, "picture": str(picture), "rows": rows})))
 
 
 @app.command()

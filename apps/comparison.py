@@ -39,19 +39,21 @@ def compare_methods(
 ) -> list[Entry]:
     """Runs the first sample unsteered, then each method with the whole budget."""
     folder = writable_folder(out)
-    _, call = job.split("best_of_n", settings, None)
+    _, call = job.split("best_of_n", settings, beside=methods)
     plain = {"options": {"n": 1}, "call": call}
     runs: list[tuple[str, str, int | None, dict[str, Any]]] = [
         ("unsteered", "best_of_n", None, plain)
     ]
     for method in methods:
-        options, call = job.split(method, settings, None)
+        options, call = job.split(method, settings, beside=methods)
         runs.append((method, method, nfe, {"options": options, "call": call}))
     entries = []
     for label, method, budget, arguments in runs:
         where = folder / label.replace("/", "-")
         result = job.steer(prompt, method, nfe=budget, seed=seed, out=where, **arguments)
         entries.append(Entry(label=label, result=result))
+        if result.cancelled:
+            break
     return entries
 
 
@@ -63,7 +65,7 @@ def draw(entries: list[Entry], prompt: str, path: Path) -> Path:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     pen.text((16, 8), prompt, fill="black", font=ImageFont.load_default(15))
     for k, (entry, caption) in enumerate(zip(entries, lines, strict=True)):
-        x, picture = 16 + k * (_SIDE + 16), entry.result._pictures()[0]
+        x, picture = 16 + k * (_SIDE + 16), entry.result.pictures()[0]
         enlarged = picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         sheet.paste(enlarged, (x, 2 * _LINE))
         for i, line in enumerate(caption):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from steering.api import steer
+from steering.api import check_prompts, steer
 from steering.errors import OptionError, unknown_name
 from steering.loading import call_defaults, load
 from steering.registry import METHODS
@@ -40,14 +41,24 @@ class Job:
         return pipe
 
     def split(
-        self, method: str, settings: list[str], n_particles: int | None
+        self,
+        method: str,
+        settings: list[str],
+        n_particles: int | None = None,
+        *,
+        beside: Sequence[str] = (),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(options of the method, arguments of the pipeline call) from key=value settings."""
-        known = {f.name for f in dataclasses.fields(METHODS.get(method.partition("/")[0]))}
+        """(options of the method, arguments of the pipeline call) from key=value settings.
+
+        Options of the methods compared ``beside`` are left to those.
+        """
+        known = _options(method)
+        all_known = known.union(*[_options(other) for other in beside])
         values = parse_settings(settings)
-        self._check_names(values, known)
+        self._check_names(values, all_known)
         options = {k: v for k, v in values.items() if k in known}
-        call = {**call_defaults(self.model), **{k: v for k, v in values.items() if k not in known}}
+        rest = {k: v for k, v in values.items() if k not in all_known}
+        call = {**call_defaults(self.model), **rest}
         if n_particles is not None:
             size = "n_particles" if "n_particles" in known else "n"
             options[size] = n_particles
@@ -56,7 +67,7 @@ class Job:
     def _check_names(self, values: dict[str, Any], known: set[str]) -> None:
         if set(values) <= known:
             return
-        call = set(inspect.signature(type(self.pipe).__call__).parameters) - {"self"}
+        call = set(inspect.signature(type(self.pipe).__call__).parameters) - {"self", "prompt"}
         for name in values:
             if name not in known | call:
                 raise unknown_name("setting (of the method or the pipeline)", name, known | call)
@@ -73,8 +84,6 @@ class Job:
         call: dict[str, Any],
     ) -> Result:
         """One run with a progress bar in network rows."""
-        from steering.api import check_prompts
-
         check_prompts(prompt)
         with tqdm(total=nfe, unit="nfe", desc=method, leave=False, disable=None) as bar:
 
@@ -94,6 +103,10 @@ class Job:
                 listener=listener,
                 **call,
             )
+
+
+def _options(method: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(METHODS.get(method.partition("/")[0]))}
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -121,6 +134,8 @@ def report(console: Console, result: Result, method: str) -> None:
         f"{method}: best reward {result.best_reward:.4f} of {len(result)} "
         f"({spent.nfe} nfe, {spent.reward_calls} reward calls, {spent.seconds:.1f} s)"
     )
+    if result.cancelled:
+        console.print("  Stopped early: this is the best so far.")
     for name, values in result.heldout.items():
         console.print(f"  held-out {name}: {float(values[0]):.4f}")
     sizes = result.trace.column("ess")

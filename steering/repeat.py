@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from steering.api import steer
-from steering.errors import RecipeError
+from steering.errors import OptionError, RecipeError
 from steering.ledger import Budget
 from steering.loading import describe, load, with_scheduler
 from steering.method import build_method
@@ -70,25 +71,36 @@ def replay(
     if reward is None and recipe.reward is None:
         raise RecipeError(f"{path}: the reward was a plain callable. Pass it as reward=.")
     guide = reward if reward is not None else recipe_reward(str(recipe.reward))
-    prompts = recipe.prompts
+    textless = all(p is None for p in recipe.prompts)
     with _threads(recipe.engine.get("threads")):
         results = steer(
             pipe,
-            prompts,  # type: ignore[arg-type]
+            None if textless else recipe.prompts,  # type: ignore[arg-type]
             reward=guide,
             method=method,
-            budget=Budget(**recipe.budget),
+            budget=_budget(recipe, path),
             seed=recipe.seeds,
             heldout=[recipe_reward(spec) for spec in recipe.heldout if spec is not None] or None,
             max_batch=recipe.engine.get("max_batch"),
             **call,
         )
-    return _compare(path, recipe, results[recipe.prompt], out)
+    result = results[recipe.prompt] if isinstance(results, list) else results
+    return _compare(path, recipe, result, out)
+
+
+def _budget(recipe: Recipe, path: Any) -> Budget:  # noqa: ANN401
+    try:
+        return Budget(**recipe.budget)
+    except (TypeError, OptionError) as error:
+        raise RecipeError(f"{path}: damaged recipe, budget {recipe.budget} ({error}).") from None
 
 
 def _call(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
     call = {**recipe.call, **given}
     lost = [k for k, v in call.items() if isinstance(v, dict) and "$unavailable" in v]
+    taken = sorted(set(call) & set(inspect.signature(steer).parameters))
+    if taken:
+        raise RecipeError(f"Arguments of the call cannot be named {', '.join(taken)}.")
     if lost:
         raise RecipeError(
             f"The recipe could not store {', '.join(lost)}. Pass them again as keyword arguments."
@@ -133,7 +145,7 @@ def _compare(path: Any, recipe: Recipe, result: Result, out: Any) -> Replay:  # 
         raise RecipeError(
             f"{path}: picture {recipe.image} of {len(result)}; the recipe is damaged."
         )
-    new = np.asarray(result._pictures()[recipe.image].convert("RGB"), dtype=np.int16)
+    new = np.asarray(result.pictures()[recipe.image].convert("RGB"), dtype=np.int16)
     with Image.open(path) as image:
         old = np.asarray(image.convert("RGB"), dtype=np.int16)
     same_size = old.shape == new.shape

@@ -100,8 +100,8 @@ class Result:
         """
         folder = writable_folder(out)
         files: list[Path] = []
-        for k, picture in enumerate(self._pictures()):
-            path = folder / f"{prefix}{k:03d}.png"
+        for k, picture in enumerate(self.pictures()):
+            path = folder / picture_name(k, prefix)
             write_png(picture, path, replace(self.recipe, image=k))
             files.append(path)
         report = folder / f"{prefix}result.json"
@@ -110,12 +110,18 @@ class Result:
             temporary.write_text(json.dumps(finite(data), indent=1, allow_nan=False))
         return [*files, report]
 
-    def _pictures(self) -> list[Image.Image]:
+    def pictures(self) -> list[Image.Image]:
+        """One PIL image per sample, as `save` writes them; none for analytic models."""
         images = self.images
         if isinstance(images, Tensor):
             return []
         # A video is kept as a strip of its frames: one lossless file that can carry a recipe.
         return [strip(im) if isinstance(im, list) else im for im in images]
+
+
+def picture_name(k: int, prefix: str = "") -> str:
+    """The file that `Result.save` writes picture k to."""
+    return f"{prefix}{k:03d}.png"
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401

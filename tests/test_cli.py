@@ -45,6 +45,7 @@ def made(tmp_path_factory):
 
 
 def test_generate_prints_one_json_object_last(capsys, tmp_path):
+    (tmp_path / "0.png").write_text("somebody else's")
     words = ["generate", PROMPT, "--nfe", "24", "--heldout", "detector", "--out", str(tmp_path)]
     code, out, _ = run(capsys, *words, "--json", *FAST)
     data = json.loads(out.strip().splitlines()[-1])
@@ -53,7 +54,7 @@ def test_generate_prints_one_json_object_last(capsys, tmp_path):
     assert data["ledger"]["nfe"] == 24
     assert data["ledger"]["heldout_calls"] == 2
     assert data["heldout"]["detector"][0] in (0.0, 1.0)
-    assert len(data["files"]) == 2
+    assert data["files"] == [str(tmp_path / "000.png"), str(tmp_path / "001.png")]
     assert read(data["files"][0]).prompts == [PROMPT]
 
 
@@ -175,13 +176,13 @@ def test_recipe_round_trips(made):
 
 def test_compare_draws_all_methods(capsys, tmp_path):
     words = ["compare", PROMPT, "--nfe", "24", "--heldout", "detector", "--out", str(tmp_path)]
-    code, out, _ = run(capsys, *words, "--json", *FAST)
+    code, out, _ = run(capsys, *words, "--json", *FAST, "--set", "n_particles=2")  # of fk only
     rows = json.loads(out.strip().splitlines()[-1])["rows"]
     assert code == 0
     assert [r["method"] for r in rows] == ["unsteered", "best_of_n", "fk"]
     assert [r["ledger"]["nfe"] for r in rows] == [12, 24, 24]
-    # best-of-N holds the unsteered sample among its own: same seed, same noise, same sampler
-    assert rows[1]["best_reward"] >= rows[0]["best_reward"]
+    # best-of-N holds the unsteered sample among its own, up to the rounding of another batch
+    assert rows[1]["best_reward"] >= rows[0]["best_reward"] - 1e-5
     with Image.open(tmp_path / "compare.png") as image:
         assert image.width > 3 * 256
 

@@ -1,0 +1,63 @@
+"""Recipes of pipelines that have no name, and recipes that somebody damaged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+import steering
+from steering.errors import RecipeError
+from steering.recipe import read, write_png
+from tests.tiny_pipelines import build
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(pipeline, PNG) of one small run."""
+    pipe, call = build("sd3", steps=2)
+    folder = tmp_path_factory.mktemp("made")
+    method = steering.samplers.BestOfN(n=1)
+    steering.steer(
+        pipe, call.pop("prompt"), reward="brightness", method=method, out=folder, **call
+    )
+    return pipe, folder / "000.png"
+
+
+def test_prompt_embeddings_are_given_again(tmp_path):
+    pipe, _ = build("sd3", steps=2)
+    positive, negative, pooled, pooled_negative = pipe.encode_prompt("a fox", None, None)
+    call = {
+        "prompt_embeds": positive,
+        "negative_prompt_embeds": negative,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": pooled_negative,
+    }
+    method = steering.samplers.BestOfN(n=2)
+    steering.steer(
+        pipe, reward="brightness", method=method, out=tmp_path, num_inference_steps=2, **call
+    )
+    with pytest.raises(RecipeError, match=r"could not store .*prompt_embeds"):
+        steering.replay(tmp_path / "000.png", pipe=pipe)
+    assert steering.replay(tmp_path / "000.png", pipe=pipe, **call).identical
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": {"rows": 1}}, "damaged recipe, budget"),
+        ({"budget": {"nfe": "x"}}, "damaged recipe, budget"),
+        ({"call": {"prompt": "x"}}, "cannot be named prompt"),
+        ({"call": {"reward": "x", "out": "."}}, "cannot be named out, reward"),
+        ({"prompts": [5]}, "prompts are no texts"),
+        ({"engine": {"max_batch": "x"}}, "max_batch is no number"),
+        ({"model": {}}, "weights"),
+    ],
+)
+def test_damaged_values_are_one_clear_error(made, tmp_path, changes, message):
+    pipe, file = made
+    with Image.open(file) as image:
+        write_png(image, tmp_path / "bad.png", replace(read(file), **changes))
+    with pytest.raises(RecipeError, match=message):
+        steering.replay(tmp_path / "bad.png", pipe=pipe)
