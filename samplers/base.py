@@ -64,6 +64,8 @@ class Sampler:
                 "steps belongs to grids other than the pipeline's own; pass "
                 "num_inference_steps to the pipeline, or name a grid."
             )
+        if self.steps is not None and self.steps < 1:
+            raise OptionError(f"steps must be at least 1, got {self.steps}.")
         EtaKernel(eta=self.eta)
 
     def kernel(self) -> Transition:

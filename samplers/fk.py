@@ -108,6 +108,8 @@ class FK(Sampler):
             )
         if not all(0.0 <= f < 1.0 for f in self.checkpoints):
             raise OptionError(f"fk: checkpoints are fractions in [0, 1), got {self.checkpoints}.")
+        if not all(0.0 <= share <= 1.0 for share in self.noise_levels or ()):
+            raise OptionError(f"fk: noise_levels are shares in [0, 1], got {self.noise_levels}.")
         if not 0.0 <= self.ess_threshold <= 1.0:
             raise OptionError(f"fk: ess_threshold must lie in [0, 1], got {self.ess_threshold}.")
         if self.lookahead < 0 or self.n_draws < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import typing
@@ -204,13 +205,15 @@ def coerce(cls: type, name: str, value: Any) -> Any:  # noqa: ANN401
     """
     from pydantic import ValidationError
 
-    if isinstance(value, str) and value.lower() in ("none", "null", ""):
-        value = None
-    elif isinstance(value, np.generic):
+    if isinstance(value, np.generic):
         value = value.item()
+    adapter = _adapter(cls, name)
     try:
-        return _adapter(cls, name).validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
+        if isinstance(value, str) and value.lower() in ("none", "null", ""):
+            with contextlib.suppress(ValidationError):
+                return adapter.validate_python(None)
         reason = error.errors()[0]["msg"]
         raise OptionError(f"Option {name}={value!r}: {reason}.") from None
 

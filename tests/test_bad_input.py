@@ -50,6 +50,8 @@ BAD = {
     "unknown transition": ({"options": {"transition": "rfb"}}, "Did you mean 'rbf'"),
     "unknown grid": ({"options": {"grid": "karas"}}, "Did you mean 'karras'"),
     "steps of the own grid": ({"options": {"steps": 9}}, "steps belongs to grids other than"),
+    "no steps": ({"options": {"grid": "karras", "steps": 0}}, "steps must be at least 1, got 0"),
+    "noise level": ({"options": {"noise_levels": [1.5]}}, r"shares in \[0, 1\], got \(1.5,\)"),
     "eta too large": ({"options": {"eta": 1.5}}, r"eta must lie in \[0, 1\], got 1.5"),
     "eta 0 with resampling": ({"options": {"eta": 0.0}}, "eta=0 makes the sampler deterministic"),
     "checkpoint at the end": ({"options": {"checkpoints": [1.0]}}, r"fractions in \[0, 1\)"),
@@ -147,6 +149,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_a_name_is_not_a_pipeline() -> None:
     with pytest.raises(OptionError, match=r"steering\.load\('stickers'\)"):
         steering.steer("stickers", "a", reward=LINE)
+
+
+def test_none_is_a_word_where_an_option_knows_it_and_nothing_elsewhere() -> None:
+    options = {"potential": "none", "n_particles": "none", "reward_scale": ""}
+    result = steering.steer(mixture(), "a", reward=LINE, method="fk", options=options)
+    assert result.recipe.method["options"]["potential"] == FK(potential="none").potential == "none"
+    assert len(result) == 8
 
 
 def test_names_presets_and_options_reach_the_method() -> None:
