@@ -17,7 +17,7 @@ from steering.api import steer
 from steering.errors import OptionError, RecipeError
 from steering.ledger import Budget
 from steering.loading import describe, load, with_scheduler
-from steering.method import build_method
+from steering.method import Method, build_method
 from steering.recipe import Recipe, package_versions, read
 from steering.result import Result
 from steering.scoring import recipe_reward
@@ -47,6 +47,7 @@ def replay(
     *,
     pipe: Any = None,  # noqa: ANN401
     reward: object = None,
+    method: Method | None = None,
     out: str | os.PathLike[str] | None = None,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> Replay:
@@ -56,6 +57,7 @@ def replay(
         path: a PNG written by ``Result.save``.
         pipe: the pipeline, where the recipe cannot name one; its weights must match.
         reward: the reward, where the recipe's was a plain callable.
+        method: the method, where the recipe's is not registered or holds a function.
         out: folder for the repeated pictures.
         **call_kwargs: call arguments the recipe could not store (images, tensors).
 
@@ -67,7 +69,7 @@ def replay(
         raise RecipeError(f"{path}: made by a run that was stopped; such a run has no repeat.")
     call = _call(recipe, call_kwargs)
     pipe = _pipe(recipe, pipe)
-    method = build_method(recipe.method["name"], recipe.method["options"])
+    method = _method(recipe, path) if method is None else build_method(method)
     if reward is None and recipe.reward is None:
         raise RecipeError(f"{path}: the reward was a plain callable. Pass it as reward=.")
     guide = reward if reward is not None else recipe_reward(str(recipe.reward))
@@ -86,6 +88,15 @@ def replay(
         )
     result = results[recipe.prompt] if isinstance(results, list) else results
     return _compare(path, recipe, result, out)
+
+
+def _method(recipe: Recipe, path: Any) -> Method:  # noqa: ANN401
+    try:
+        return build_method(recipe.method["name"], recipe.method["options"])
+    except OptionError as error:
+        raise RecipeError(
+            f"{path}: the recipe's method cannot be rebuilt ({error}) Pass it as method=."
+        ) from None
 
 
 def _budget(recipe: Recipe, path: Any) -> Budget:  # noqa: ANN401

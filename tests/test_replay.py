@@ -43,6 +43,16 @@ def test_prompt_embeddings_are_given_again(tmp_path):
     assert steering.replay(tmp_path / "000.png", pipe=pipe, **call).identical
 
 
+def test_a_method_with_a_function_is_given_again(tmp_path):
+    pipe, call = build("sd3", steps=3)
+    method = steering.samplers.FK(n_particles=2, potential=lambda rho: rho[-1])
+    prompt = call.pop("prompt")
+    steering.steer(pipe, prompt, reward="brightness", method=method, out=tmp_path, **call)
+    with pytest.raises(RecipeError, match="method="):
+        steering.replay(tmp_path / "001.png", pipe=pipe)
+    assert steering.replay(tmp_path / "001.png", pipe=pipe, method=method).identical
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
