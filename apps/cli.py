@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steering.errors import SteeringError, TaskErrors
+from steering.errors import SteeringError
 
 app = typer.Typer(
     help="Steer diffusion and flow models at inference time.",
@@ -207,9 +207,6 @@ def guarded(run: Callable[[], Any]) -> int:
     """Runs a command; every error the library raises on purpose becomes one line and exit 2."""
     try:
         run()
-    except TaskErrors as error:
-        console.print(f"[red]Error:[/red] {error}", soft_wrap=True)
-        return 2
     except SteeringError as error:
         console.print("[red]Error:[/red]", end=" ")
         console.print(str(error), markup=False, soft_wrap=True)

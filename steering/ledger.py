@@ -29,12 +29,12 @@ class Budget:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise OptionError(f"Budget: {name} must be a number, got {value!r}.")
-            if not value > 0:
+            if not float(value) > 0:
                 raise OptionError(f"Budget: {name} must be positive, got {value!r}.")
             if name != "seconds":
                 if not float(value).is_integer():
                     raise OptionError(f"Budget: {name} must be a whole number, got {value!r}.")
-                object.__setattr__(self, name, int(value))
+                object.__setattr__(self, name, int(float(value)))
 
 
 @dataclass(eq=False)

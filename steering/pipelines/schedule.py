@@ -36,7 +36,6 @@ from steering.paths import (
     Time,
     Times,
     alpha_sigma,
-    coefficient,
     from_eps,
     from_flow,
     from_v,
@@ -329,9 +328,4 @@ def _monotone(nodes: Sequence[Time]) -> Grid:
     return Grid(tuple(kept))
 
 
-def net_column(times: Sequence[Time], like: Tensor) -> Tensor:
-    """The network's numbers [n] in the schedule's own dtype."""
-    return torch.tensor([time.net for time in times], dtype=like.dtype)
-
-
-__all__ = ["Schedule", "SchedulePath", "coefficient", "family_of", "net_column", "read_schedule"]
+__all__ = ["Schedule", "SchedulePath", "family_of", "read_schedule"]
