@@ -19,7 +19,7 @@ from steering.recipe import Recipe, atomic, writable_folder, write_png
 from steering.trace import Trace
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Result:
     """Samples of one prompt, best reward first.
 
@@ -54,6 +54,12 @@ class Result:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __repr__(self) -> str:
+        return (
+            f"Result({self.prompt!r}, {len(self)} samples, best_reward={self.best_reward:.4g}, "
+            f"nfe={self.ledger.nfe}, reward_calls={self.ledger.reward_calls})"
+        )
 
     @property
     def images(self) -> Any:  # noqa: ANN401

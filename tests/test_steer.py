@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steering
-from steering.errors import OptionError, RewardError, TaskErrors
+from steering.errors import OptionError, PipelineError, RewardError, TaskErrors
 from tests.tiny_pipelines import build
 
 STEPS = {"num_inference_steps": 6}
@@ -84,6 +84,9 @@ def test_a_wrapped_model_is_used_as_it_is():
             steering.steer(model, reward=redness, num_inference_steps=3)
         with pytest.raises(OptionError, match="was wrapped for"):
             steering.steer(model, "something else", reward=redness)
+        assert repr(first).startswith(f"Result({model.prompts[0]!r}, 1 samples, best_reward=")
+    with pytest.raises(PipelineError, match="is closed"):  # its rows would not be counted
+        steering.steer(model, reward=redness, method=method)
 
 
 def test_call_arguments_are_checked_against_the_pipeline():

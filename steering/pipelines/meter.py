@@ -50,6 +50,7 @@ class Meter:
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
         self.rows = self.probes = 0
+        self.closed = False
         self._counter: str | None = None
         hook: Any = torch.compiler.disable(self._count)
         self._hooks = [
@@ -70,5 +71,6 @@ class Meter:
             self._counter = before
 
     def close(self) -> None:
+        self.closed = True
         for hook in self._hooks:
             hook.remove()

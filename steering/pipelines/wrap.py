@@ -202,6 +202,7 @@ class WrappedPipeline:
 
         Raises:
             OptionError: shapes, times or conds that do not fit together.
+            PipelineError: the model is closed.
         """
         out = self.output(x, t, cond=cond, grad=grad)
         x = (x if grad else x.detach()).to(out.device, torch.float32)
@@ -211,6 +212,11 @@ class WrappedPipeline:
         self, x: Tensor, t: Times, *, cond: int | Sequence[int] = 0, grad: bool = False
     ) -> Tensor:
         """What reaches ``scheduler.step`` for states x, in the pipeline's own dtype."""
+        if self._meter.closed:
+            raise PipelineError(
+                f"{self.name} is closed, so its network calls would not be counted; wrap the "
+                "pipeline again."
+            )
         n = len(x)
         times = [t] * n if isinstance(t, Time) else list(t)
         conds = [cond] * n if isinstance(cond, int) else [int(c) for c in cond]
