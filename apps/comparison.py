@@ -91,7 +91,10 @@ def tabulate(entries: list[Entry], prompt: str) -> Table:
         table.add_column(column)
     for entry in entries:
         result, spent = entry.result, entry.result.ledger
-        verdicts = [f"{float(result.heldout[k][0]):.3f}" for k in held]
+        # A run that was stopped may lack a verdict.
+        verdicts = [
+            f"{float(result.heldout[k][0]):.3f}" if k in result.heldout else "-" for k in held
+        ]
         costs = [str(spent.nfe), str(spent.reward_calls), f"{spent.seconds:.1f}"]
         table.add_row(entry.label, f"{result.best_reward:.4f}", *verdicts, *costs)
     return table

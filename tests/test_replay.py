@@ -1,4 +1,4 @@
-"""Recipes of pipelines that have no name, and recipes that somebody damaged."""
+"""Replay of pipelines without a name, damaged recipes, and stopped runs in tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import steering
+from steering.apps.comparison import Entry, tabulate
 from steering.errors import RecipeError
 from steering.recipe import read, write_png
 from tests.tiny_pipelines import build
@@ -71,3 +72,18 @@ def test_damaged_values_are_one_clear_error(made, tmp_path, changes, message):
         write_png(image, tmp_path / "bad.png", replace(read(file), **changes))
     with pytest.raises(RecipeError, match=message):
         steering.replay(tmp_path / "bad.png", pipe=pipe)
+
+
+def test_a_table_with_a_run_that_was_stopped_before_its_verdict(made):
+    pipe, _ = made
+    _, call = build("sd3", steps=2)
+    prompt = call.pop("prompt")
+
+    def run(heldout):
+        method = steering.samplers.BestOfN(n=1)
+        return steering.steer(
+            pipe, prompt, reward="brightness", heldout=heldout, method=method, **call
+        )
+
+    entries = [Entry(label="whole", result=run("jpeg")), Entry(label="stopped", result=run(None))]
+    assert list(tabulate(entries, prompt).columns[2].cells)[1] == "-"
