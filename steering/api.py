@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from numbers import Integral
@@ -51,7 +52,8 @@ def steer(
             prompts writes one subfolder per prompt. Stopped and failed runs leave their best so
             far there.
         options: options of the method named by ``method``.
-        budget: further caps (reward calls, seconds).
+        budget: further caps (reward calls, seconds). A run whose seconds are over returns its
+            best so far, as a cancelled one does.
         max_batch: most rows per network call (by default the model's own wish, or 64); halves by
             itself when memory runs out.
         listener: called as listener(task, progress) while running.
@@ -64,7 +66,6 @@ def steer(
 
     Raises:
         OptionError, BudgetError, PipelineError: before anything is spent.
-        BudgetError: also when the seconds are over; ``error.result`` holds the best so far.
         RewardError: the reward failed; ``error.result`` holds the best so far.
         TaskErrors: some prompts of a list failed; ``.results`` has the others.
     """
@@ -165,6 +166,7 @@ def _tasks(
 ) -> list[Task]:
     n = len(model.prompts)
     seeds = _seeds(seed, n)
+    _warn_of_twins(model, seeds)
     grid = method.levels(model)
     spread = getattr(reward, "spread", None)
     plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
@@ -173,6 +175,17 @@ def _tasks(
         Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
         for i, text in enumerate(model.prompts)
     ]
+
+
+def _warn_of_twins(model: Model, seeds: Sequence[int]) -> None:
+    runs = list(zip(model.prompts, seeds, strict=True))
+    twin = next((i for i, run in enumerate(runs) if run in runs[:i]), None)
+    if twin is not None:
+        warnings.warn(
+            f"prompt {twin} and an earlier one are equal and share the seed {seeds[twin]}, so "
+            "their pictures will be equal. Pass seed=[...] with one number per prompt.",
+            stacklevel=4,
+        )
 
 
 def _seeds(seed: Any, n: int) -> list[int]:  # noqa: ANN401

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steering.batch import Batch, out_of_memory, rows_of, times_of
-from steering.errors import BudgetError, OptionError
+from steering.errors import BudgetError, OptionError, TimeUp
 from steering.method import Context
 from steering.model import Model
 from steering.paths import Prediction
@@ -106,6 +106,8 @@ class Engine:
             pending[task] = request
         except StopIteration as stop:
             task.outcome, task.error = _ended(task, stop.value)
+        except TimeUp:
+            task.cancelled = True
         except Exception as error:
             task.error = error
         own = time.perf_counter() - started - (task.ledger.seconds - before)

@@ -24,6 +24,10 @@ class BudgetError(SteeringError):
     """The budget does not pay for what was asked."""
 
 
+class TimeUp(BudgetError):
+    """The seconds are over. Uncaught by a method, its run ends with its best so far."""
+
+
 class RewardError(SteeringError):
     """A reward raised, or returned values that cannot steer anything."""
 

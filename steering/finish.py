@@ -119,8 +119,9 @@ class Finisher:
         slots = torch.arange(len(order)) if outcome.slots is None else outcome.slots
         return Result(
             prompt=task.prompt,
-            pixels=outcome.images.detach()[order.to(outcome.images.device)],
-            samples=outcome.x0.detach()[order.to(outcome.x0.device)],
+            # On the CPU: the results of many prompts outlive the run and need no accelerator.
+            pixels=outcome.images.detach().cpu()[order],
+            samples=outcome.x0.detach().cpu()[order],
             rewards=outcome.reward[order],
             heldout={k: v[order] for k, v in heldout.items()},
             log_weights=outcome.log_w[order],

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-from steering.errors import BudgetError, OptionError
+from steering.errors import BudgetError, OptionError, TimeUp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,7 @@ class Ledger:
                     f"Budget of {cap} {name} reached: {used} spent, the next call needs {more}."
                 )
         if budget.seconds is not None and self.seconds >= budget.seconds:
-            raise BudgetError(
-                f"Budget of {budget.seconds:g} s reached after {self.seconds:.1f} s."
-            )
+            raise TimeUp(f"Budget of {budget.seconds:g} s reached after {self.seconds:.1f} s.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, seconds rounded to the millisecond."""
