@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from steering.api import check_prompts, steer
 from steering.errors import OptionError, unknown_name
-from steering.loading import call_defaults, load
+from steering.loading import load
 from steering.registry import METHODS
 from steering.requests import Progress
 from steering.result import Result
@@ -57,8 +57,7 @@ class Job:
         values = parse_settings(settings)
         self._check_names(values, all_known)
         options = {k: v for k, v in values.items() if k in known}
-        rest = {k: v for k, v in values.items() if k not in all_known}
-        call = {**call_defaults(self.model), **rest}
+        call = {k: v for k, v in values.items() if k not in all_known}
         if n_particles is not None:
             size = "n_particles" if "n_particles" in known else "n"
             options[size] = n_particles

@@ -14,10 +14,6 @@ from steering.recipe import describe_value, fingerprint
 EMBEDDED = "stickers"
 """The name of the model that ships with the package."""
 
-_CALL_DEFAULTS: dict[str, dict[str, Any]] = {
-    EMBEDDED: {"num_inference_steps": 20, "guidance_scale": 4.0}
-}
-
 
 def load(
     source: str | os.PathLike[str] = EMBEDDED,
@@ -61,9 +57,13 @@ def load(
     return pipe.to(device)
 
 
-def call_defaults(source: str) -> dict[str, Any]:
+def call_defaults(source: str | None) -> dict[str, Any]:
     """Call arguments that suit a model better than its pipeline class's own defaults."""
-    return dict(_CALL_DEFAULTS.get(source, {}))
+    if source != EMBEDDED:
+        return {}
+    from steering.stickers.load import CALL
+
+    return dict(CALL)
 
 
 def as_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:

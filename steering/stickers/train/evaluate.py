@@ -15,7 +15,7 @@ from PIL import Image
 
 from steering.stickers.grammar import TAGS, parse
 from steering.stickers.judge import StickerJudge, Verdict
-from steering.stickers.load import WEIGHTS, load_pipeline
+from steering.stickers.load import T5_ZEROS, WEIGHTS, load_pipeline
 from steering.stickers.prompts import prompts
 from steering.stickers.train.data import to_tensor
 
@@ -35,7 +35,7 @@ def sample(
     for start in range(0, len(text), batch_size):
         images = pipe(
             text[start : start + batch_size], num_inference_steps=steps, guidance_scale=guidance,
-            generator=generator, height=64, width=64, output_type="np",
+            generator=generator, output_type="np", max_sequence_length=T5_ZEROS,
         ).images  # fmt: skip
         out.append((np.asarray(images) * 255.0 + 0.5).astype(np.uint8))
     return np.concatenate(out)
