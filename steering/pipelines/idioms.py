@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -44,7 +45,7 @@ def require_drivable(pipe: Any) -> bool:
         raise PipelineError(
             f"{name} has a guider with momentum, which remembers earlier calls; set momentum to 0."
         )
-    return _read_source(pipe, name)
+    return _read_source(type(pipe))
 
 
 def _refuse_caches(name: str, networks: dict[str, nn.Module]) -> None:
@@ -61,8 +62,9 @@ def _refuse_caches(name: str, networks: dict[str, nn.Module]) -> None:
             )
 
 
-def _read_source(pipe: Any, name: str) -> bool:
-    call = inspect.unwrap(type(pipe).__call__)
+@functools.cache  # finding and parsing a source costs more than a step of a small model
+def _read_source(kind: type) -> bool:
+    call, name = inspect.unwrap(kind.__call__), kind.__name__
     try:
         source = textwrap.dedent(inspect.getsource(call))
         tree = ast.parse(source)
