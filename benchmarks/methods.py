@@ -8,8 +8,6 @@ import numpy as np
 import steering
 from steering.stickers.prompts import prompts as sticker_prompts
 
-CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
-
 
 def run(*, prompts: int, nfe: int) -> dict:
     pipe, texts = steering.load("stickers"), sticker_prompts("heldout", n=prompts, seed=0)
@@ -20,7 +18,7 @@ def run(*, prompts: int, nfe: int) -> dict:
         ("fk", "fk", nfe),
     ):
         results = steering.steer(
-            pipe, texts, reward="clip", method=method, nfe=budget, heldout="detector", **CALL
+            pipe, texts, reward="clip", method=method, nfe=budget, heldout="detector"
         )
         rows[name] = {
             "reward": [r.best_reward for r in results],

@@ -32,7 +32,6 @@ def run(*, prompts: int, nfe: int) -> dict:
                 started = time.perf_counter()
                 result = steering.steer(
                     pipe, text, reward="clip", method=method, nfe=NFE, seed=repeat,
-                    num_inference_steps=20, guidance_scale=4.0,
                 )  # fmt: skip
                 wall = time.perf_counter() - started
             paid = clock.seconds + result.ledger.spent["reward"]

@@ -9,7 +9,6 @@ from benchmarks.meters import spread
 from steering.stickers.prompts import prompts as sticker_prompts
 
 REPEATS, WIDTH = 3, 16
-CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 
 def run(*, prompts: int, nfe: int) -> dict:
@@ -18,11 +17,11 @@ def run(*, prompts: int, nfe: int) -> dict:
     method = steering.samplers.BestOfN(n=1)
 
     def together() -> None:
-        steering.steer(pipe, texts, reward="clip", method=method, **CALL)
+        steering.steer(pipe, texts, reward="clip", method=method)
 
     def one_by_one() -> None:
         for text in texts:
-            steering.steer(pipe, text, reward="clip", method=method, **CALL)
+            steering.steer(pipe, text, reward="clip", method=method)
 
     ratios, rates = [], {"together": [], "one by one": []}
     for repeat in range(REPEATS + 1):

@@ -84,7 +84,7 @@ def steer(
         limit = getattr(model, "max_batch", None) or 64 if max_batch is None else max_batch
         engine = Engine(model, max_batch=limit, listener=listener, cancelled=cancelled)
         engine.run(tasks)
-        finish = Finisher(model, tasks, verifiers, engine, call_kwargs, folder if many else None)
+        finish = Finisher(model, tasks, verifiers, engine, folder if many else None)
         results = finish.all()
         if many:
             return _several(results, tasks)

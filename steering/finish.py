@@ -29,7 +29,6 @@ class Finisher:
     Args:
         model, tasks, engine: of the run.
         verifiers: held-out rewards.
-        call: the pipeline's call arguments, for the recipe.
         folder: where each result is saved as soon as it exists, one subfolder per prompt.
     """
 
@@ -39,11 +38,10 @@ class Finisher:
         tasks: Sequence[Task],
         verifiers: Sequence[Reward],
         engine: Engine,
-        call: dict[str, Any],
         folder: Path | None = None,
     ) -> None:
         self.model, self.tasks, self.verifiers = model, tasks, verifiers
-        self.engine, self.call, self.folder = engine, call, folder
+        self.engine, self.folder = engine, folder
 
     def all(self) -> list[Result | None]:
         """One Result per task, in order; None where there is nothing to show."""
@@ -142,7 +140,7 @@ class Finisher:
         return {"source": None, "class": type(self.model).__name__}
 
     def _recipe(self, task: Task) -> Recipe:
-        call = getattr(self.model, "call_kwargs", self.call)
+        call = getattr(self.model, "call_kwargs", {})
         return Recipe(
             model=self._described,
             call={k: describe_value(v) for k, v in call.items() if k != "prompt"},
