@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from steering.errors import OptionError, WeightsError
 from steering.stickers import CLASSES, COLORS, RELATIONS, TAGS, StickerWorld, parse
 from steering.stickers.grammar import record
-from steering.stickers.judge import Found, StickerJudge, check, read_color, relations
+from steering.stickers.judge import Found, StickerJudge, check, read_color
 from steering.stickers.load import WEIGHTS, load_clip, load_detector, load_pipeline
 from steering.stickers.prompts import sample_metadata
+from steering.stickers.rules import relations
 
 PER_TAG = 40
 

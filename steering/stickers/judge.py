@@ -14,15 +14,14 @@ from torch import Tensor
 
 from steering.stickers.grammar import CLASSES, COLORS, Metadata, parse
 from steering.stickers.load import load_detector
+from steering.stickers.rules import Box, decide
 from steering.stickers.world import SIZE, SPRITE, sprite
 
 if TYPE_CHECKING:
     from transformers import ConditionalDetrForObjectDetection
 
-Box = tuple[float, float, float, float]
 MIN_SCORE = 0.5
 MAX_OVERLAP = 0.3  # IoU above which two detections are one object
-MARGIN = 0.1  # GenEval's dead zone, in units of the two objects' summed sizes
 REACH = 2  # px a crop may be off its box in the colour match
 
 
@@ -41,7 +40,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether the image shows its prompt; `reason` names the first clause that fails."""
+    """Whether the image shows its prompt; `reason` names the clauses that fail."""
 
     correct: bool
     reason: str
@@ -98,45 +97,13 @@ class StickerJudge:
 
 
 def check(record: Metadata, objects: list[Found]) -> Verdict:
-    """GenEval's rules on a list of objects, most certain first.
-
-    Every `include` clause needs its count, with its colour and its relation among the most
-    certain objects of the class; an `exclude` clause fails at its count.
-    """
-    matched: list[list[Found]] = []
-    for clause in record["include"]:
-        name, count = clause["class"], clause["count"]
-        group = [o for o in objects if o.name == name][:count]
-        reason = ""
-        if len(group) < count:
-            reason = f"found {len(group)} of {count} {name}"
-        elif "color" in clause:
-            reason = _wrong_color(group, clause["color"])
-        if not reason and "position" in clause:
-            relation, target = clause["position"]
-            reason = _wrong_place(group, relation, matched[target])
-        if reason:
-            return Verdict(correct=False, reason=reason, objects=objects)
-        matched.append(group)
-    for clause in record.get("exclude", ()):
-        seen = sum(o.name == clause["class"] for o in objects)
-        if seen >= clause["count"]:
-            reason = f"found {seen} {clause['class']}, {clause['count']} are too many"
-            return Verdict(correct=False, reason=reason, objects=objects)
-    return Verdict(correct=True, reason="correct", objects=objects)
-
-
-def relations(box: Box, target: Box) -> set[str]:
-    """The relations `box` has to `target` (GenEval's relative_position; y points down)."""
-    a, b = np.array(box).reshape(2, 2), np.array(target).reshape(2, 2)
-    offset = a.mean(0) - b.mean(0)
-    dead = MARGIN * ((a[1] - a[0]) + (b[1] - b[0]))
-    beyond = np.sign(offset) * np.maximum(np.abs(offset) - dead, 0.0)
-    if np.all(np.abs(beyond) < 1e-3):
-        return set()
-    dx, dy = beyond / np.linalg.norm(offset)
-    tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, holds in tests.items() if holds}
+    """GenEval's rules (`steering.stickers.rules`) on a list of objects, most certain first."""
+    groups: dict[str, list[Found]] = {}
+    for o in objects:
+        groups.setdefault(o.name, []).append(o)
+    boxes = {name: [o.box for o in group] for name, group in groups.items()}
+    found = decide(record, boxes, lambda name, k: str(groups[name][k].color))
+    return Verdict(correct=found.correct, reason=found.reason, objects=objects)
 
 
 def read_color(pixels: np.ndarray, name: str, box: Box) -> str:
@@ -172,19 +139,6 @@ def _with_color(found: Found, record: Metadata, pixels: np.ndarray) -> Found:
         return found
     color = read_color(pixels, found.name, found.box)
     return Found(name=found.name, score=found.score, box=found.box, color=color)
-
-
-def _wrong_color(group: list[Found], color: str) -> str:
-    wrong = [o.color for o in group if o.color != color]
-    return f"{group[0].name} is {wrong[0]}, not {color}" if wrong else ""
-
-
-def _wrong_place(group: list[Found], relation: str, targets: list[Found]) -> str:
-    for o in group:
-        for target in targets:
-            if relation not in relations(o.box, target.box):
-                return f"{o.name} is not {relation} {target.name}"
-    return ""
 
 
 def _objects(scores: Tensor, labels: Tensor, boxes: Tensor) -> list[Found]:
