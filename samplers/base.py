@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from steering.errors import BudgetError, OptionError, unknown_name
 from steering.grids import SHAPES, Grid, on_path
-from steering.method import Cost, Plan, coerce
+from steering.method import Context, Cost, Plan, as_float64, coerce
 from steering.model import Model
+from steering.requests import Decode, Progress, Request, Score
 from steering.transitions import (
     EtaKernel,
     FullRenoise,
@@ -31,6 +32,9 @@ TRANSITIONS: dict[str, Callable[[], Transition]] = {
     "memoryless": memoryless,
     "full_renoise": FullRenoise,
 }
+
+_DOUBTFUL = 10.0
+"""How far below the worst finite preview a preview of -inf counts, in log weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +138,55 @@ def within_budget(plan: Plan, cost: Cost, what: str) -> None:
                 f"{what} needs {name}={need}, the budget is {cap}. Raise the budget, or lower "
                 "the number of samples or steps."
             )
+
+
+M = TypeVar("M", bound=Sampler)
+
+
+def fit_population(method: M, plan: Plan, default: int) -> M:
+    """A method with options ``n_particles`` and ``reward_scale``, with both of them set.
+
+    Args:
+        default: n_particles where neither the user nor a budget says how many.
+
+    Raises:
+        BudgetError: the budget does not pay for one particle, or for as many as were asked for.
+    """
+    options: Any = method
+    fitted: Any = replace(options, reward_scale=plan.scale(options.reward_scale))
+    if options.n_particles is None:
+
+        def cost(n: int) -> Cost:
+            return replace(options, n_particles=n).cost(plan)
+
+        return replace(fitted, n_particles=afford(plan, cost, default, "particle"))
+    what = f"{options.name} with {options.n_particles} particles"
+    within_budget(plan, options.cost(plan), what)
+    return fitted
+
+
+def checkpoint_steps(grid: Grid, fractions: Sequence[float]) -> list[int]:
+    """Step indices at fractions of the steps made, sorted, without the last step.
+
+    The last step adds no noise: copies made before it would be delivered as copies, and the
+    finished samples are scored right after it.
+    """
+    return sorted({i for f in fractions if (i := grid.nearest(f)) < len(grid) - 1})
+
+
+def preview(
+    ctx: Context, x0: Tensor, reward_scale: float | None, step: int
+) -> Generator[Request, Any, Tensor]:
+    """Decodes and scores estimates of x0 [n, *event]: finite log potentials [n], float64."""
+    images = yield Decode(x0)
+    scores = yield Score(images, x0)
+    yield Progress(step=step, of=len(ctx.grid), preview=images)
+    return lift(tilt(as_float64(scores.value), reward_scale))
+
+
+def lift(rho: Tensor) -> Tensor:
+    """A preview's -inf as a low finite potential: its sample may yet come good, and any finite
+    potential in between leaves the target law as it is."""
+    finite = rho[torch.isfinite(rho)]
+    floor = float(finite.min()) - _DOUBTFUL if len(finite) else 0.0
+    return rho.masked_fill(torch.isneginf(rho), floor)

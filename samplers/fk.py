@@ -29,14 +29,11 @@ from steering.paths import Time
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import scheme
-from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
+from steering.samplers.base import Sampler, afford, check_scale, lift, tilt, within_budget
 from steering.samplers.fk_authors import run_authors
 
 Potential = Callable[[Tensor], Tensor]
 """rho [m, n] at the m checkpoints so far -> cumulative log potential [n]."""
-
-_DOUBTFUL = 10.0
-"""How far below the worst finite preview a preview of -inf counts, in log weight."""
 
 POTENTIALS: dict[str, Potential] = {
     "difference": lambda rho: rho[-1],
@@ -238,7 +235,7 @@ class FK(Sampler):
             values.append(tilt(as_float64(scores.value), self.reward_scale))
             yield Progress(step=i, of=len(ctx.grid), preview=images)
         rho = torch.logsumexp(torch.stack(values), 0) - math.log(len(values))
-        return _lift(values[0] if len(values) == 1 else rho)  # type: ignore[return-value]
+        return lift(values[0] if len(values) == 1 else rho)  # type: ignore[return-value]
 
     def _estimates(self, ctx: Context, state: State, i: int) -> Run:
         """Guesses of x0 given x_t: n_draws tensors [n, *event]."""
@@ -263,11 +260,3 @@ class FK(Sampler):
             assert prediction is not None
             x = ctx.move(x, prediction, t, u, kernel, step=k, stream=stream)
         return x  # type: ignore[return-value]
-
-
-def _lift(rho: Tensor) -> Tensor:
-    """A preview's -inf as a low finite potential: its sample may yet come good, and any finite
-    potential in between leaves the target law as it is."""
-    finite = rho[torch.isfinite(rho)]
-    floor = float(finite.min()) - _DOUBTFUL if len(finite) else 0.0
-    return rho.masked_fill(torch.isneginf(rho), floor)
