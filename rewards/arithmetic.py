@@ -120,16 +120,18 @@ class WeightedSum(Arithmetic):
         keys = labels([reward for _, reward in self.terms])
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
+        notes: dict[str, list[str]] = {}
         for key, (weight, reward) in zip(keys, self.terms, strict=True):
             found = reward(images, prompts, metadata=metadata)
             check_scores(found, reward.name, len(images), f", a part of {self.name!r}")
             parts[key] = found.value
             parts.update({f"{key}.{k}": v for k, v in found.parts.items()})
+            notes.update({f"{key}.{k}": v for k, v in found.notes.items()})
             # Left out rather than multiplied: 0 * -inf would be NaN.
             value = weight * found.value if weight else torch.zeros_like(found.value)
             total = value if total is None else total + value.to(total.device)
         assert total is not None
-        return Scores(value=total + self.offset, parts=parts)
+        return Scores(value=total + self.offset, parts=parts, notes=notes)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -29,12 +29,27 @@ class Reward(Arithmetic):
         differentiable: whether gradients flow from the values to the images.
         licence: of the weights, or of the code where there are none.
         describe: one line for tables; the first line of the docstring unless given.
+        hub_id: where the weights come from; "none" where there are none.
+        value_range: of the values, as seen or as bounded.
+        memory: of the weights, in the default precision.
+        stationary: whether the value of an image depends on that image and its prompt alone. Where
+            it depends on the others of the call, the weights of a particle method would be
+            those of another law at every step.
+        video: "frames" scores each frame and takes the mean; "whole" hands ``score`` the video
+            as it is.
+        unit: options that change how a value is computed or written down, not what it measures.
     """
 
     name: ClassVar[str] = "reward"
     differentiable: ClassVar[bool] = False
     licence: ClassVar[str] = "Apache-2.0"
     describe: ClassVar[str] = ""
+    hub_id: ClassVar[str] = "none"
+    value_range: ClassVar[str] = "-"
+    memory: ClassVar[str] = "none"
+    stationary: ClassVar[bool] = True
+    video: ClassVar[str] = "frames"
+    unit: ClassVar[tuple[str, ...]] = ("scale", "precision", "device", "batch_size", "offload")
     _registered: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401
@@ -53,6 +68,16 @@ class Reward(Arithmetic):
         from steering.rewards.spec import call_spec
 
         return call_spec(self.name, _changed_options(self))
+
+    @property
+    def measures(self) -> str | None:
+        """The spec without what only changes the unit: equal texts measure the same thing."""
+        if not self._registered:
+            return None
+        from steering.rewards.spec import call_spec
+
+        options = _changed_options(self)
+        return call_spec(self.name, {k: v for k, v in options.items() if k not in self.unit})
 
     @property
     def spread(self) -> float | None:
@@ -89,7 +114,7 @@ class Reward(Arithmetic):
         """
         images = as_tensor(images)
         prompts = check_prompts(prompts, len(images))
-        if images.ndim == 4:
+        if images.ndim == 4 or self.video == "whole":
             return as_scores(self.score(images, prompts, metadata))
         n, frames = images.shape[:2]
         each = [prompt for prompt in prompts for _ in range(frames)]
@@ -99,6 +124,10 @@ class Reward(Arithmetic):
             value=found.value.view(n, frames).mean(1),
             parts={k: v.view(n, frames).float().mean(1) for k, v in found.parts.items()},
             valid=None if found.valid is None else found.valid.view(n, frames).all(1),
+            notes={
+                k: ["\n".join(v[i * frames : (i + 1) * frames]) for i in range(n)]
+                for k, v in found.notes.items()
+            },
         )
 
 

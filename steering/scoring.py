@@ -25,11 +25,13 @@ class Scores:
         value: [n], higher is better.
         parts: named components, [n] each, for reports.
         valid: [n] bool; False where no score could be had (a judge's answer did not parse).
+        notes: named texts, one per image: what a judge wrote, what was read in a picture.
     """
 
     value: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     valid: Tensor | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
 
 @runtime_checkable

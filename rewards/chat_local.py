@@ -1,0 +1,164 @@
+"""Any image-text-to-text model of transformers, asked in batches with one forward pass each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.errors import WeightsError
+from steering.rewards import checkpoints
+from steering.rewards.chat import Ask, Reply
+
+_TOP = 20
+
+
+class LocalChat:
+    """A loaded model with its processor.
+
+    Args:
+        folder: of the checkpoint, with model, processor and chat template.
+        reward: named in messages.
+    """
+
+    def __init__(
+        self, folder: Path, reward: str, dtype: torch.dtype, device: str, batch_size: int
+    ) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor: Any = checkpoints.load_part(AutoProcessor, folder, reward)
+        self.tokenizer: Any = self.processor.tokenizer
+        if not (self.processor.chat_template or self.tokenizer.chat_template):
+            raise WeightsError(
+                f"{reward}: {folder} has no chat template (chat_template.jinja), so it is unknown "
+                "how this model is asked. Take an instruction-tuned checkpoint."
+            )
+        # Answers begin at the end of every row, so the padding must be in front.
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model: Any = checkpoints.load_model(
+            AutoModelForImageTextToText, folder, reward, dtype, device
+        )
+        self.reward, self.dtype, self.device, self.batch_size = reward, dtype, device, batch_size
+
+    def choices(self, asks: Sequence[Ask], labels: Sequence[Sequence[str]]) -> Tensor:
+        """Log-probabilities [n, k] of the first answer token; gradients reach the images."""
+        ids = [self._ids(spellings) for spellings in labels]
+        rows = []
+        for part in self._parts(asks):
+            logits = self.model(**self._inputs(part), logits_to_keep=1).logits[:, -1]
+            logp = logits.float().log_softmax(-1)
+            rows.append(torch.stack([logp[:, i].logsumexp(-1) for i in ids], -1))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def write(self, asks: Sequence[Ask], max_new_tokens: int) -> list[Reply]:
+        """Greedy answers with the likeliest tokens at every place."""
+        replies = []
+        for part in self._parts(asks):
+            inputs = self._inputs(part)
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            start = inputs["input_ids"].shape[1]
+            logp = torch.stack(out.logits, 1).float().log_softmax(-1)
+            top = logp.topk(min(_TOP, logp.shape[-1]), -1)
+            for row, written in enumerate(out.sequences[:, start:].tolist()):
+                replies.append(self._reply(written, top.values[row], top.indices[row]))
+        return replies
+
+    def _reply(self, written: list[int], values: Tensor, indices: Tensor) -> Reply:
+        special = set(self.tokenizer.all_special_ids)
+        keep = [k for k, token in enumerate(written) if token not in special]
+        spell = self._spell
+        return Reply(
+            text=self.tokenizer.decode([written[k] for k in keep]),
+            tokens=tuple(spell(written[k]) for k in keep),
+            top=tuple(
+                {spell(i): v for i, v in zip(indices[k].tolist(), values[k].tolist(), strict=True)}
+                for k in keep
+            ),
+        )
+
+    def _spell(self, token: int) -> str:
+        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    def _parts(self, asks: Sequence[Ask]) -> list[Sequence[Ask]]:
+        return [asks[k : k + self.batch_size] for k in range(0, len(asks), self.batch_size)]
+
+    def _ids(self, spellings: Sequence[str]) -> list[int]:
+        """The single tokens among the spellings."""
+        found = [self.tokenizer.encode(s, add_special_tokens=False) for s in spellings]
+        unknown = self.tokenizer.unk_token_id
+        ids = sorted({i[0] for i in found if len(i) == 1 and i[0] != unknown})
+        if not ids:
+            raise WeightsError(
+                f"{self.reward}: the tokenizer of this model has no single token for "
+                f"{spellings[0]!r}, so its probability cannot be read in one step. Use read=text."
+            )
+        return ids
+
+    def _inputs(self, asks: Sequence[Ask]) -> dict[str, Any]:
+        texts = [self._template(ask) for ask in asks]
+        exact = self._processed(texts, [[_bytes(i) for i in ask.images] for ask in asks])
+        wants = torch.is_grad_enabled() and any(i.requires_grad for a in asks for i in a.images)
+        if wants:
+            # The values of 8-bit images, with the gradient of the same resize on floats.
+            images = [[i.float().clamp(0, 1) for i in ask.images] for ask in asks]
+            smooth = self._processed(texts, images, do_rescale=False)["pixel_values"]
+            pixels = exact["pixel_values"].to(smooth.device)
+            exact["pixel_values"] = pixels + (smooth - smooth.detach())
+        return {
+            k: v.to(self.device, self.dtype if v.is_floating_point() else None)
+            for k, v in exact.items()
+            if isinstance(v, Tensor)
+        }
+
+    def _processed(self, texts: list[str], images: list[list[Tensor]], **options: Any) -> Any:  # noqa: ANN401
+        return dict(
+            self.processor(
+                text=texts, images=images, padding=True, return_tensors="pt", **options
+            )
+        )
+
+    def _template(self, ask: Ask) -> str:
+        content = [{"type": "image"} for _ in ask.images]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": ask.text}]}
+        system = {"role": "system", "content": [{"type": "text", "text": ask.system}]}
+        return self.processor.apply_chat_template(
+            [system, message] if ask.system else [message],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (image.detach().clamp(0, 1) * 255).round().byte()
+
+
+@lru_cache(maxsize=2)
+def load_chat(source: str, reward: str, precision: str, device: str, batch_size: int) -> LocalChat:
+    """The model of a folder or hub id; the last two stay loaded.
+
+    Raises:
+        WeightsError: missing or unreadable files.
+    """
+    dtype = checkpoints.dtype_of(precision, reward)
+    needs = ("config.json", checkpoints.WEIGHTS, checkpoints.TOKENIZER, checkpoints.IMAGES)
+    folder = checkpoints.find(source, reward, needs)
+    with torch.inference_mode(False):  # parameters kept for a backward pass later
+        return LocalChat(folder, reward, dtype, device, batch_size)
