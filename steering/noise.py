@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,17 +84,29 @@ class NoiseKey:
         ``kind`` keeps the normal and the uniform numbers of one key independent.
         """
         offsets = range(slots) if isinstance(slots, int) else slots
-        rows = torch.tensor([self.slot + k for k in offsets], dtype=torch.int64, device=device)
-        digest = self._digest()
-        block = torch.arange(blocks, dtype=torch.int64, device=device).expand(len(rows), blocks)
-        c0, c1 = block & _MASK, (rows & _MASK)[:, None].expand_as(block)
-        c2, c3 = torch.full_like(block, kind), (rows >> 32 & _MASK)[:, None].expand_as(block)
-        return torch.stack(_philox(c0, c1, c2, c3, digest & _MASK, digest >> 32), -1)
+        rows, digest = [self.slot + k for k in offsets], self._digest()
+        low, high = [k & _MASK for k in rows], [k >> 32 & _MASK for k in rows]
+        if torch.device(device).type == "cpu":
+            shape = (len(rows), blocks)
+            counter = (
+                np.broadcast_to(np.arange(blocks, dtype=np.uint32), shape),
+                np.broadcast_to(np.array(low, np.uint32)[:, None], shape),
+                np.full(shape, kind, np.uint32),
+                np.broadcast_to(np.array(high, np.uint32)[:, None], shape),
+            )
+            words = np.empty((*shape, 4), np.int64)
+            np.stack(_philox_numpy(*counter, digest & _MASK, digest >> 32), -1, out=words)
+            return torch.from_numpy(words)
+        block = torch.arange(blocks, device=device).expand(len(rows), blocks)
+        c1, c3 = (torch.tensor(k, device=device)[:, None].expand_as(block) for k in (low, high))
+        c2 = torch.full_like(block, kind)
+        return torch.stack(_philox(block, c1, c2, c3, digest & _MASK, digest >> 32), -1)
 
 
 def _philox(
     c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on counters as int64 in [0, 2**32), any device."""
     # int64 products wrap modulo 2**64, which leaves both 32-bit halves of the product intact.
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -104,6 +118,26 @@ def _philox(
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def _philox_numpy(
+    c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, k0: int, k1: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same on uint32 counters on the CPU, in half the time."""
+    for _ in range(10):
+        low0, high0 = _halves(c0, _MULTIPLIERS[0])
+        low1, high1 = _halves(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint32(k0), low1, high0 ^ c3 ^ np.uint32(k1), low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _halves(c: np.ndarray, multiplier: int) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high 32 bits of a product, as views of it."""
+    product = np.multiply(c, np.uint64(multiplier), dtype=np.uint64)
+    halves = product.view(np.uint32).reshape(*c.shape, 2)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    return halves[..., low], halves[..., high]
 
 
 def categorical(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -13,6 +14,7 @@ from steering.errors import OptionError
 from steering.noise import (
     NoiseKey,
     _philox,
+    _philox_numpy,
     blend,
     categorical,
     crossover,
@@ -52,6 +54,16 @@ def test_philox_known_answers(counter: list[int], key: list[int], out: list[int]
     """The vectors published with Salmon et al. 2011 (Random123, kat_vectors)."""
     words = _philox(*(torch.tensor([c]) for c in counter), *key)
     assert [int(w) for w in words] == out
+    words = _philox_numpy(*(np.array([c], np.uint32) for c in counter), *key)
+    assert [int(w) for w in words] == out
+
+
+def test_both_forms_give_equal_words_on_wide_counters() -> None:
+    counters = np.random.default_rng(0).integers(0, 2**32, (4, 7, 33), dtype=np.uint32)
+    wide = _philox(*(torch.from_numpy(c.astype(np.int64)) for c in counters), 11, 2**32 - 5)
+    narrow = _philox_numpy(*counters, 11, 2**32 - 5)
+    for a, b in zip(wide, narrow, strict=True):
+        assert np.array_equal(a.numpy(), b.astype(np.int64))
 
 
 @pytest.mark.parametrize("draw", [NoiseKey.normal, NoiseKey.uniform], ids=("normal", "uniform"))

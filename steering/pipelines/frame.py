@@ -190,6 +190,7 @@ class Frame:
             changes["encode_prompt"] = partial(self.script.encode, pipe.encode_prompt)
         for name, value in changes.items():
             object.__setattr__(pipe, name, value)  # past diffusers' registration of components
+        object.__setattr__(pipe, "__class__", self.script.pipe_class)
         return pipe
 
     def _scheduler(self) -> Any:

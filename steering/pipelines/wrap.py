@@ -168,14 +168,19 @@ class WrappedPipeline:
         Each slot has its own generator, so equal keys give equal bits at any n.
         """
         self._check_conds([cond])
-        if n > 1 and self._wide_noise is None:
-            probe = NoiseKey(seed=0, stream="probe")
-            one_by_one = torch.cat([self._noise(1, probe.at(slot=k), cond) for k in range(2)])
+        if n == 1:
+            return self._noise(1, key, cond)
+        if self._wide_noise is None:
             try:
-                self._wide_noise = torch.equal(self._noise(2, probe, cond), one_by_one)
+                together = self._noise(n, key, cond)
             except Exception:  # a pipeline that takes no list of generators, in its own words
                 self._wide_noise = False
-        if n == 1 or self._wide_noise:
+            else:
+                last = self._noise(1, key.at(slot=key.slot + n - 1), cond)
+                self._wide_noise = torch.equal(together[-1:], last)
+                if self._wide_noise:
+                    return together
+        if self._wide_noise:
             return self._noise(n, key, cond)
         return torch.cat([self._noise(1, key.at(slot=key.slot + k), cond) for k in range(n)])
 
