@@ -12,6 +12,7 @@ from typing import Any
 from steering.engine import Engine, Listener
 from steering.errors import OptionError, SteeringError, TaskErrors
 from steering.finish import Finisher
+from steering.gradients import no_gradient
 from steering.ledger import Budget
 from steering.method import Method, Plan, build_method, default_costs
 from steering.model import Model, is_model
@@ -66,7 +67,8 @@ def steer(
 
     Raises:
         OptionError, BudgetError, PipelineError: before anything is spent.
-        RewardError: the reward failed; ``error.result`` holds the best so far.
+        RewardError: the reward failed; ``error.result`` holds the best so far. Also, before
+            anything is spent, where a method needs a gradient that the reward does not have.
         TaskErrors: some prompts of a list failed; ``.results`` has the others.
     """
     chosen = build_method(method, options)
@@ -173,10 +175,23 @@ def _tasks(
     spread = getattr(reward, "spread", None)
     plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
     fitted = method.fit(plan)
+    _check_gradient(model, fitted, reward)
     return [
         Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
         for i, text in enumerate(model.prompts)
     ]
+
+
+def _check_gradient(model: Model, method: Method, reward: Reward) -> None:
+    if not method.needs_gradient:
+        return
+    if not reward.differentiable:
+        raise no_gradient(method.name, reward.name)
+    if not model.dtype.is_floating_point:
+        raise OptionError(
+            f"Method {method.name!r} needs gradients, and the states of {model.name!r} are "
+            "integers. Use a method that needs none."
+        )
 
 
 def _warn_of_twins(model: Model, seeds: Sequence[int]) -> None:

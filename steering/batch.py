@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steering.paths import Prediction, Time
-from steering.requests import Decode, Denoise, Request, Score
+from steering.requests import Decode, Denoise, Gradient, Request, Score
 from steering.scoring import Scores
 from steering.task import Task
 
@@ -31,6 +31,7 @@ class Batch:
         self.tasks, self.requests = tasks, requests
         self.kind = type(requests[0])
         self.grad = bool(requests[0].grad)
+        self.checkpoint = self.grad and bool(getattr(requests[0], "checkpoint", False))
         self.counts = [rows_of(r) for r in requests]
         self.data = _one([_data(r) for r in requests])
         self.owner = torch.arange(len(tasks)).repeat_interleave(torch.tensor(self.counts))
@@ -118,6 +119,9 @@ class Batch:
 
 def rows_of(request: Request) -> int:
     """How many rows a request has."""
+    if isinstance(request, Gradient):
+        inputs = request.inputs if isinstance(request.inputs, tuple) else (request.inputs,)
+        return max((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), default=1)
     return 0 if not isinstance(request, Denoise | Decode | Score) else len(_data(request))
 
 

@@ -3,7 +3,8 @@
 Every task is one prompt's generator. The engine collects what the tasks ask, merges requests of
 one kind into full batches across prompts, charges each task its share and sends the answers back.
 Scores and decodes are served before network calls, so that the tasks meet again at the network
-with as many rows as possible. Nothing a task sees depends on its neighbours except rounding.
+with as many rows as possible; gradients come last, so that one backward pass serves all tasks.
+Nothing a task sees depends on its neighbours except rounding.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from steering.batch import Batch, out_of_memory, rows_of, times_of
 from steering.errors import BudgetError, OptionError, TimeUp
+from steering.gradients import Graphs, no_gradient
 from steering.method import Context
 from steering.model import Model
 from steering.paths import Prediction
-from steering.requests import Decode, Denoise, Outcome, Progress, Request, Score
+from steering.requests import Decode, Denoise, Gradient, Outcome, Progress, Request, Score
 from steering.scoring import Scores, score
 from steering.task import Task
 
 Listener = Callable[[Task, Progress], None]
-_ORDER: tuple[type, ...] = (Score, Decode, Denoise)
+_ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient)
 
 
 class Engine:
@@ -55,8 +58,8 @@ class Engine:
         self.listener = listener
         self.cancelled = cancelled or (lambda: False)
         self.max_batch = max_batch
-        self.limits = dict.fromkeys(_ORDER, max_batch)
-        self._in_flight = 2 * max_batch
+        self.limits: dict[type, int] = dict.fromkeys((Score, Decode, Denoise), max_batch)
+        self.graphs = Graphs(self.limits)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Runs all tasks to their end; outcomes and errors are left on the tasks."""
@@ -67,11 +70,7 @@ class Engine:
                 if self.cancelled():
                     raise KeyboardInterrupt
                 self._admit(waiting, pending)
-                kind = next(
-                    (k for k in _ORDER if any(isinstance(r, k) for r in pending.values())), None
-                )
-                if kind is not None:
-                    self._serve([t for t, r in pending.items() if isinstance(r, kind)], pending)
+                self._serve(self._ready(pending), pending)
         except KeyboardInterrupt:
             # Not only those in `pending`: the interrupt may fall between two of a task's requests.
             for task in tasks:
@@ -80,12 +79,26 @@ class Engine:
                     task.run.close()
 
     def _admit(self, waiting: list[Task], pending: dict[Task, Request]) -> None:
-        """Starts tasks while the requests at hand do not fill two batches."""
-        while waiting and sum(rows_of(r) for r in pending.values()) < self._in_flight:
+        """Starts tasks while the requests at hand do not fill two batches.
+
+        One batch where graphs are held: what cannot be merged would only take memory.
+        """
+        while waiting:
+            batches = 1 if waiting[-1].method.needs_gradient else 2
+            if sum(rows_of(r) for r in pending.values()) >= batches * self.max_batch:
+                break
             task = waiting.pop()
             context = Context(model=self.model, cond=task.cond, seed=task.seed, plan=task.plan)
             task.run = task.method.run(context)
             self._advance(task, pending, None)
+
+    def _ready(self, pending: dict[Task, Request]) -> list[Task]:
+        """The tasks to serve next: all that ask for one kind and have room for their graphs."""
+        for kind in _ORDER:
+            asking = [t for t, r in pending.items() if isinstance(r, kind)]
+            if ready := self.graphs.with_room(asking, pending):
+                return ready
+        return list(pending)[:1]  # graphs that wait for each other: one must be let through
 
     def _advance(self, task: Task, pending: dict[Task, Request], answer: Any) -> None:  # noqa: ANN401
         """Sends an answer (or throws an error) and notes the next request."""
@@ -110,6 +123,8 @@ class Engine:
             task.cancelled = True
         except Exception as error:
             task.error = error
+        if task not in pending:
+            self.graphs.release(task)
         own = time.perf_counter() - started - (task.ledger.seconds - before)
         task.ledger.charge_seconds("own", max(own, 0.0))
 
@@ -129,15 +144,17 @@ class Engine:
             except BudgetError as error:
                 self._advance(task, pending, error)
                 continue
-            shared = id(task.reward) if isinstance(request, Score) else None
-            if request.grad:  # type: ignore[union-attr]
-                shared = id(task)  # the first to differentiate would free the others' graph
-            groups.setdefault(shared, []).append(task)
+            groups.setdefault(_shared(task, request), []).append(task)
         for group in groups.values():
             requests = [pending[t] for t in group]
-            answers = self.answers(group, requests)
+            if isinstance(requests[0], Gradient):
+                answers = self._gradients(group, requests)
+            else:
+                answers = self.answers(group, requests)
             for task, request, answer in zip(group, requests, answers, strict=True):
                 task.best.note(request, answer)
+                if getattr(request, "grad", False) and not isinstance(answer, BaseException):
+                    answer = self.graphs.hold(task, request, answer)
                 self._advance(task, pending, answer)
 
     def _check(self, task: Task, request: Request) -> None:
@@ -159,6 +176,19 @@ class Engine:
             pairs = zip(tasks, requests, strict=True)
             return [answer for t, r in pairs for answer in self.answers([t], [r])]
         return self._call(batch)
+
+    def _gradients(self, tasks: list[Task], requests: list[Any]) -> list[Any]:
+        """Derivatives or an error per task; seconds and recomputed rows are split by rows."""
+        started, before = time.perf_counter(), self.model.rows
+        answers = self.graphs.differentiate(tasks, requests)
+        self._finish_device()
+        seconds, again = time.perf_counter() - started, self.model.rows - before
+        total = sum(rows_of(r) for r in requests)
+        for task, request in zip(tasks, requests, strict=True):
+            share = rows_of(request) / total
+            task.ledger.charge("nfe_recomputed", round(again * share))
+            task.ledger.charge_seconds("backward", seconds * share)
+        return answers
 
     def _call(self, batch: Batch) -> list[Any]:
         """Runs a merged batch in chunks that memory holds; halves the limit when it does not.
@@ -194,20 +224,44 @@ class Engine:
         data = batch.data if len(rows) == len(batch) and batch.in_order else batch.data[rows]
         answer: Any
         if batch.kind is Denoise:
-            conds = batch.conds(rows)
-            answer = self.model.predict(data, batch.times(rows), cond=conds, grad=batch.grad)
+            answer = self._predict(batch, data, rows)
         elif batch.kind is Decode:
             answer = self.model.decode(data, grad=batch.grad)
         else:
             for task, request in zip(batch.tasks, batch.requests, strict=True):
                 task.best.seen(request)
+            if batch.grad and not batch.tasks[0].reward.differentiable:
+                raise no_gradient(batch.tasks[0].method.name, batch.tasks[0].reward.name)
             with torch.set_grad_enabled(batch.grad):
                 answer = score(batch.tasks[0].reward, data, batch.prompts(rows))
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        self._finish_device()
         seconds = time.perf_counter() - started
         batch.charge(rows, self.model.rows - rows_before, seconds)
         return answer
+
+    def _predict(self, batch: Batch, data: Tensor, rows: Tensor) -> Prediction:
+        times, conds = batch.times(rows), batch.conds(rows)
+
+        def ask(x: Tensor) -> Prediction:
+            return self.model.predict(x, times, cond=conds, grad=batch.grad)
+
+        if not batch.checkpoint:
+            return ask(data)
+        return checkpoint(ask, data, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+
+    def _finish_device(self) -> None:
+        """Waits for the accelerator, so that seconds are those of the call."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+def _shared(task: Task, request: Request) -> tuple[object, ...]:
+    """Requests of one kind that agree in this may share a call."""
+    if isinstance(request, Gradient):
+        return ()
+    reward = id(task.reward) if isinstance(request, Score) else None
+    keeps = getattr(request, "grad", False), getattr(request, "checkpoint", False)
+    return (reward, *keeps)
 
 
 def _ended(task: Task, value: object) -> tuple[Outcome | None, TypeError | None]:

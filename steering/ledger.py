@@ -43,7 +43,8 @@ class Ledger:
 
     Attributes:
         nfe: rows through the denoising network, counted by a hook on it.
-        nfe_backward: of these, rows differentiated.
+        nfe_backward: of these, rows asked with a graph, to be differentiated.
+        nfe_recomputed: rows run again to differentiate checkpointed calls; not in ``nfe``.
         decodes: images (or videos) decoded; ``decodes_backward`` of them differentiated.
         reward_calls: images scored by the guiding reward; ``reward_backward`` differentiated.
         heldout_calls: images scored by held-out verifiers, after the search.
@@ -52,6 +53,7 @@ class Ledger:
 
     nfe: int = 0
     nfe_backward: int = 0
+    nfe_recomputed: int = 0
     decodes: int = 0
     decodes_backward: int = 0
     reward_calls: int = 0
@@ -73,7 +75,7 @@ class Ledger:
             setattr(self, name, getattr(self, name) + rows)
 
     def charge_seconds(self, kind: str, seconds: float) -> None:
-        """Adds time under a kind ("denoise", "decode", "reward", "heldout", "own")."""
+        """Adds time under a kind ("denoise", "decode", "reward", "backward", ...)."""
         self.spent[kind] = self.spent.get(kind, 0.0) + seconds
 
     def check(self, budget: Budget, *, nfe: int = 0, reward_calls: int = 0) -> None:

@@ -5,6 +5,7 @@ A method is a generator: it yields a request and is sent the answer.
     prediction = yield Denoise(x, t)          # Prediction at x
     images = yield Decode(x0)                 # Tensor [n, 3, H, W] in [0, 1]
     scores = yield Score(images, x0)          # Scores, checked
+    slope = yield Gradient(scores.value, x)   # Tensor like x: of what was asked with grad=True
     yield Progress(step=i, of=n)              # None
     return Outcome(...)
 """
@@ -22,11 +23,17 @@ from steering.paths import Times
 
 @dataclass(frozen=True, eq=False)
 class Denoise:
-    """Ask the network at x [n, *event]; ``t`` is one Time or one per row."""
+    """Ask the network at x [n, *event]; ``t`` is one Time or one per row.
+
+    With ``grad`` the answer carries a graph back to x, which only a :class:`Gradient` request may
+    differentiate. ``checkpoint`` keeps no activations of the network in this graph: the call is
+    made again, with the same x, when the graph is differentiated.
+    """
 
     x: Tensor
     t: Times
     grad: bool = False
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +58,29 @@ class Score:
     x0: Tensor
     final: bool = False
     grad: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """Ask for the derivatives of value.sum() by the inputs.
+
+    The engine waits until no task has anything else to ask for, and differentiates all of their
+    values in one pass. The answer is detached: one tensor, or a tuple as given, each of the shape
+    of its input and at least float32.
+
+    Attributes:
+        value: [n] or one number, made from answers to requests with grad=True.
+        inputs: tensors that had requires_grad_() called on them before these requests.
+        retain: keep the graph for a further Gradient.
+
+    Raises (thrown into the method):
+        RewardError: the reward is not differentiable.
+        OptionError: the value does not depend on an input, or the graph is gone.
+    """
+
+    value: Tensor
+    inputs: Tensor | tuple[Tensor, ...]
+    retain: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,5 +120,5 @@ class Outcome:
     slots: Tensor | None = None
 
 
-Request = Denoise | Decode | Score | Progress
+Request = Denoise | Decode | Score | Gradient | Progress
 Run = Generator[Request, Any, Outcome]

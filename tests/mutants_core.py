@@ -254,13 +254,6 @@ MUTANTS = (
         ("tests/test_engine.py::test_one_failing_prompt_does_not_cost_the_others_anything",),
     ),
     Mutant(
-        "one graph for the gradients of several prompts",
-        "steering/engine.py",
-        "shared = id(task)  #",
-        "shared = None  #",
-        ("tests/test_engine.py::test_every_task_gets_a_graph_of_its_own",),
-    ),
-    Mutant(
         "an interrupt is not noted",
         "steering/engine.py",
         "task.cancelled = task.outcome is None and task.error is None",

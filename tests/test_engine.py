@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -629,38 +629,3 @@ def test_tasks_with_different_rewards_do_not_share_a_call() -> None:
     two.reward = resolve_reward(lambda images: images[:, 0] + 100.0)
     Engine(model).run([one, two])
     assert float(one.outcome.reward[0]) < 50 < float(two.outcome.reward[0])
-
-
-def test_every_task_gets_a_graph_of_its_own() -> None:
-    """A shared one would be freed by the first task that differentiates it."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Climb(Echo):
-        def run(self, ctx):
-            t, _ = next(ctx.grid.steps())
-            x = ctx.noise(self.n).requires_grad_()
-            prediction = yield Denoise(x, t, grad=True)
-            images = yield Decode(prediction.x0, grad=True)
-            scores = yield Score(images, prediction.x0, grad=True)
-            (slope,) = torch.autograd.grad(scores.value.sum(), x)
-            done = (x + slope).detach()
-            images = yield Decode(done)
-            scores = yield Score(images, done, final=True)
-            log_w = slope[:, 0].double()
-            return Outcome(x0=done, images=images, reward=scores.value.double(), log_w=log_w)
-
-    # At t = 1 the estimate is the mean wherever x is, so the grid starts a little later.
-    class Late(Watched):
-        def grid(self):
-            whole = super().grid()
-            return replace(whole, times=whole.times[1:])
-
-    model = Late(("a", "b"))
-    tasks = tasks_of(model, [Climb(n=2), Climb(n=3)])
-    Engine(model).run(tasks)
-    assert [t.error for t in tasks] == [None, None]
-    assert model.calls == [2, 3]
-    assert all(bool((t.outcome.log_w > 0).all()) for t in tasks)
-    assert [t.ledger.nfe_backward for t in tasks] == [2, 3]
-    assert [t.ledger.decodes_backward for t in tasks] == [2, 3]
-    assert [t.ledger.reward_backward for t in tasks] == [2, 3]
