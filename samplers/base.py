@@ -165,13 +165,21 @@ def fit_population(method: M, plan: Plan, default: int) -> M:
     return fitted
 
 
-def checkpoint_steps(grid: Grid, fractions: Sequence[float]) -> list[int]:
+def checkpoint_steps(
+    grid: Grid, fractions: Sequence[float], noise_levels: Sequence[float] | None = None
+) -> list[int]:
     """Step indices at fractions of the steps made, sorted, without the last step.
+
+    Where ``noise_levels`` are given, they say it instead: shares sigma / (alpha + sigma).
 
     The last step adds no noise: copies made before it would be delivered as copies, and the
     finished samples are scored right after it.
     """
-    return sorted({i for f in fractions if (i := grid.nearest(f)) < len(grid) - 1})
+    if noise_levels is not None:
+        steps = {grid.index_of_sigma(share) for share in noise_levels}
+    else:
+        steps = {grid.nearest(fraction) for fraction in fractions}
+    return sorted(i for i in steps if i < len(grid) - 1)
 
 
 def preview(
