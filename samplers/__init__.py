@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from steering.samplers.best_of_majority import BestOfMajority
 from steering.samplers.best_of_n import BestOfN
+from steering.samplers.code import CoDe
+from steering.samplers.epf import EPF
 from steering.samplers.fk import FK
+from steering.samplers.svdd import SVDD
 
-__all__ = ["FK", "BestOfN"]
+__all__ = ["EPF", "FK", "SVDD", "BestOfMajority", "BestOfN", "CoDe"]

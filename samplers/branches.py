@@ -1,0 +1,232 @@
+"""Branching: particles draw candidates, the candidates are judged early, one of each survives.
+
+What SVDD and CoDe share. With M candidates c of a particle whose log potential is phi, and
+f(c) = reward_scale * r(estimate of x0 at c),
+
+    softmax:  keep c with probability ~ exp f(c),   log_w += log mean exp f - phi,   phi = f(c)
+    argmax:   keep the first best, no weights
+
+The softmax rule with its weight is exact: weight times indicator of the survivor averages to
+mean_c exp(f(c) - phi), as if all candidates had gone on. So a particle's weights telescope to
+exp(reward_scale r(x0)), as in every other method here. Candidates are asked about once: the
+prediction that judges the survivor is that of its next step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError
+from steering.grids import Grid
+from steering.method import Context, Cost, Plan, as_float64
+from steering.noise import NoiseKey, categorical
+from steering.particles import State, ess, log_mean_exp, resample
+from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
+from steering.resampling import scheme
+from steering.samplers.base import Sampler, check_scale, fit_population, preview, tilt
+
+
+class Segment(NamedTuple):
+    """Steps start .. stop - 1 of the grid, walked by one path per particle or by M candidates."""
+
+    start: int
+    stop: int
+    branched: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches(Sampler):
+    """Base of the methods that branch; a subclass says where, by its segments.
+
+    Attributes:
+        n_particles: independent particles, each delivers one sample; None spends the budget (4
+            where there is none).
+        n_branches: M, candidates per particle.
+        reward_scale: as in `fk`; "argmax" knows only 0 (the first candidate, as without reward)
+            and more than 0.
+        select: "softmax" with its weights, whose target is p(x) exp(reward_scale r(x)), or
+            "argmax", a greedy search for high reward.
+        start: share of the steps made before which nothing is judged: one-step estimates of x0
+            say little before a quarter of them.
+        resample: resampling across particles after a choice: "never", "always", or "ess" when
+            the effective sample size falls below ess_threshold * n_particles. "softmax" only.
+        resampler: a scheme of steering.resampling.
+    """
+
+    n_particles: int | None = None
+    n_branches: int = 4
+    reward_scale: float | None = None
+    select: Literal["softmax", "argmax"] = "softmax"
+    start: float = 0.25
+    resample: Literal["never", "ess", "always"] = "never"
+    ess_threshold: float = 0.5
+    resampler: str = "systematic"
+    eta: float = 1.0
+
+    name: ClassVar[str]
+    needs_gradient: ClassVar[bool] = False
+    needs_stochastic: ClassVar[bool] = True
+    anytime: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_particles is not None and self.n_particles < 1:
+            raise OptionError(
+                f"{self.name}: n_particles must be at least 1, got {self.n_particles}."
+            )
+        if self.n_branches < 1:
+            raise OptionError(
+                f"{self.name}: n_branches must be at least 1, got {self.n_branches}."
+            )
+        if not 0.0 <= self.start <= 1.0:
+            raise OptionError(f"{self.name}: start is a share in [0, 1], got {self.start}.")
+        if not 0.0 <= self.ess_threshold <= 1.0:
+            raise OptionError(
+                f"{self.name}: ess_threshold must lie in [0, 1], got {self.ess_threshold}."
+            )
+        if self.select == "argmax" and self.resample != "never":
+            raise OptionError(
+                f"{self.name}: select='argmax' makes no weights, so resample={self.resample!r} "
+                "has nothing to resample by. Use select='softmax'."
+            )
+        scheme(self.resampler)
+        check_scale(self.name, self.reward_scale)
+        self._check_stochastic()
+        # An instance is as honest as its options: only the weighted rule has a target law.
+        target = "tilted" if self.select == "softmax" else "heuristic"
+        object.__setattr__(self, "target", target)
+
+    def _check_stochastic(self) -> None:
+        many = self.n_branches > 1 or self.resample != "never"
+        if many and not self.kernel().stochastic:
+            raise OptionError(
+                f"{self.name} branches, but eta=0 makes the sampler deterministic: candidates of "
+                "a particle would be copies of it. Set eta > 0 (for flow models too: the "
+                "eta-kernel keeps their marginals), or use best_of_n."
+            )
+
+    def cut(self, grid: Grid) -> list[Segment]:
+        """The segments of a walk; the last step adds no noise, so no branching starts there."""
+        raise NotImplementedError
+
+    def segments(self, grid: Grid) -> list[Segment]:
+        """The same where there is a choice to make, else one plain walk."""
+        segments = self.cut(grid)
+        if self.n_branches == 1 and self.resample == "never":
+            return [Segment(segments[0].start, len(grid), branched=False)]
+        return segments
+
+    def fan(self) -> int:
+        """First states per particle: more than one where noise itself is branched."""
+        return 1
+
+    def first(self, ctx: Context, n: int) -> Tensor:
+        """First states [n, *event] at the node where the first segment starts."""
+        return ctx.noise(n)
+
+    def cost(self, plan: Plan) -> Cost:
+        """Every node's network rows are those of the paths that arrive there."""
+        n, m, length = self.n_particles or 1, self.n_branches, len(plan.grid)
+        segments = self.segments(plan.grid)
+        rows = plan.costs[segments[0].start] * self.fan()
+        judged = 0
+        for start, stop, branched in segments:
+            paths = m if branched else 1
+            rows += paths * sum(plan.costs[start + 1 : min(stop, length - 1) + 1])
+            judged += paths if branched or stop == length else 0
+        return Cost(nfe=n * rows, decodes=n * judged, reward_calls=n * judged)
+
+    def fit(self, plan: Plan) -> Branches:
+        return fit_population(self, plan, 4)
+
+    def run(self, ctx: Context) -> Run:
+        assert self.n_particles is not None
+        n, end = self.n_particles, len(ctx.grid)
+        state = State.start(self.first(ctx, n * self.fan()))
+        for segment in self.segments(ctx.grid):
+            if state.prediction is None:  # before copies are made: they share the answer
+                prediction = yield Denoise(state.x, ctx.grid.times[segment.start])
+                state = replace(state, prediction=prediction)
+            state = _spread(state, n * self.n_branches if segment.branched else n)
+            state = yield from self._walk(ctx, state, segment)
+            if segment.branched or segment.stop == end:
+                state = yield from self._judge(ctx, state, segment.stop)
+            state = self._choose(state, n, ctx.key("branch", segment.stop))
+            if segment.branched and segment.stop < end:
+                state = yield from self._resample(ctx, state, segment.stop)
+        reward, weighted = state.memory["reward"], self.select == "softmax"
+        info = {"rewards": reward, "ess": ess(state.log_w)}
+        yield Progress(step=end, of=end, info=info)
+        return Outcome(
+            x0=state.x,
+            images=state.memory["images"],
+            reward=reward,
+            log_w=state.log_w,
+            log_z=log_mean_exp(state.log_w) if weighted else None,
+            slots=torch.arange(n),
+        )
+
+    def _walk(
+        self, ctx: Context, state: State, segment: Segment
+    ) -> Generator[Request, Any, State]:
+        """The steps of a segment; a prediction that is still valid is used, not asked again."""
+        kernel = self.kernel()
+        for i in range(segment.start, segment.stop):
+            t, u = ctx.grid.times[i], ctx.grid.times[i + 1]
+            prediction = state.prediction
+            if prediction is None:
+                prediction = yield Denoise(state.x, t)
+            x = ctx.move(state.x, prediction, t, u, kernel, step=i)
+            state = replace(state, x=x, prediction=None)
+            yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
+        return state
+
+    def _judge(self, ctx: Context, state: State, at: int) -> Generator[Request, Any, State]:
+        """The potential of the paths at a node: of estimates of x0, at the end of samples."""
+        if at < len(ctx.grid):
+            prediction = yield Denoise(state.x, ctx.grid.times[at])
+            state = replace(state, prediction=prediction)
+            rho = yield from preview(ctx, prediction.x0, self.reward_scale, at)
+            return state.set_potential(rho)
+        images = yield Decode(state.x)
+        scores = yield Score(images, state.x, final=True)
+        reward = as_float64(scores.value)
+        state = replace(state, memory={"reward": reward, "images": images})
+        return state.set_potential(tilt(reward, self.reward_scale))
+
+    def _choose(self, state: State, n: int, key: NoiseKey) -> State:
+        """One survivor of each particle's candidates, [n]."""
+        log_w = state.log_w.reshape(n, -1)
+        m = log_w.shape[1]
+        if self.select == "argmax":
+            chosen = state.phi.reshape(n, m).argmax(1)
+        else:
+            w = torch.exp(log_w - log_w.max(1, keepdim=True).values.clamp_min(-1e300))
+            chosen = categorical(w, key.uniform(n)).clamp_max(m - 1)
+        state = state.gather(torch.arange(n) * m + chosen)
+        if self.select == "argmax":
+            return replace(state, log_w=torch.zeros(n, dtype=torch.float64))
+        return replace(state, log_w=torch.logsumexp(log_w, 1) - math.log(m))
+
+    def _resample(self, ctx: Context, state: State, at: int) -> Generator[Request, Any, State]:
+        size = ess(state.log_w)
+        info = {"ess": size, "node": at, "rewards": state.phi / (self.reward_scale or 1.0)}
+        low = self.resample == "ess" and size < self.ess_threshold * len(state)
+        if self.resample == "always" or low:
+            key = ctx.key("resample", at)
+            state, ancestors = resample(state, scheme(self.resampler), key)
+            info |= {"ancestors": ancestors, "roots": len(state.root.unique())}
+        yield Progress(step=at, of=len(ctx.grid), info=info)
+        return state
+
+
+def _spread(state: State, paths: int) -> State:
+    """Each particle repeated as often as there are paths for it, with all that it has."""
+    each = paths // len(state)
+    return state if each == 1 else state.gather(torch.arange(len(state)).repeat_interleave(each))
