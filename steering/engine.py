@@ -9,8 +9,10 @@ Nothing a task sees depends on its neighbours except rounding.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +62,15 @@ class Engine:
         self.max_batch = max_batch
         self.limits: dict[type, int] = dict.fromkeys((Score, Decode, Denoise), max_batch)
         self.graphs = Graphs(self.limits)
+        self._done: deque[Task] = deque()
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Runs all tasks to their end; outcomes and errors are left on the tasks."""
+        for _ in self.stream(tasks):
+            pass
+
+    def stream(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """Runs tasks and gives each as soon as it has ended; an interrupt ends the stream."""
         waiting = list(reversed(tasks))
         pending: dict[Task, Request] = {}
         try:
@@ -71,7 +79,9 @@ class Engine:
                     raise KeyboardInterrupt
                 self._admit(waiting, pending)
                 self._serve(self._ready(pending), pending)
-        except KeyboardInterrupt:
+                while self._done:
+                    yield self._done.popleft()
+        except (KeyboardInterrupt, GeneratorExit):
             # Not only those in `pending`: the interrupt may fall between two of a task's requests.
             for task in tasks:
                 task.cancelled = task.outcome is None and task.error is None
@@ -125,6 +135,7 @@ class Engine:
             task.error = error
         if task not in pending:
             self.graphs.release(task)
+            self._done.append(task)
         own = time.perf_counter() - started - (task.ledger.seconds - before)
         task.ledger.charge_seconds("own", max(own, 0.0))
 
@@ -223,10 +234,8 @@ class Engine:
         started, rows_before = time.perf_counter(), self.model.rows
         data = batch.data if len(rows) == len(batch) and batch.in_order else batch.data[rows]
         answer: Any
-        if batch.kind is Denoise:
-            answer = self._predict(batch, data, rows)
-        elif batch.kind is Decode:
-            answer = self.model.decode(data, grad=batch.grad)
+        if batch.kind is not Score:
+            answer = self._ask(batch, data, rows)
         else:
             for task, request in zip(batch.tasks, batch.requests, strict=True):
                 task.best.seen(request)
@@ -239,15 +248,15 @@ class Engine:
         batch.charge(rows, self.model.rows - rows_before, seconds)
         return answer
 
-    def _predict(self, batch: Batch, data: Tensor, rows: Tensor) -> Prediction:
-        times, conds = batch.times(rows), batch.conds(rows)
-
-        def ask(x: Tensor) -> Prediction:
-            return self.model.predict(x, times, cond=conds, grad=batch.grad)
-
+    def _ask(self, batch: Batch, data: Tensor, rows: Tensor) -> Prediction | Tensor:
+        """Asks the model; a checkpointed call keeps its input only and runs again backwards."""
+        call: Callable[[Tensor], Any] = functools.partial(self.model.decode, grad=batch.grad)
+        if batch.kind is Denoise:
+            at: dict[str, Any] = {"t": batch.times(rows), "cond": batch.conds(rows)}
+            call = functools.partial(self.model.predict, grad=batch.grad, **at)
         if not batch.checkpoint:
-            return ask(data)
-        return checkpoint(ask, data, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+            return call(data)
+        return checkpoint(call, data, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _finish_device(self) -> None:
         """Waits for the accelerator, so that seconds are those of the call."""

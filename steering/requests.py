@@ -38,10 +38,11 @@ class Denoise:
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """Ask for the images of x0 [n, *event]."""
+    """Ask for the images of x0 [n, *event]; ``grad`` and ``checkpoint`` as for Denoise."""
 
     x0: Tensor
     grad: bool = False
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True, eq=False)

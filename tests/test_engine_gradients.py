@@ -21,6 +21,7 @@ from steering.requests import Decode, Denoise, Gradient, Outcome, Score
 from steering.samplers import BestOfN
 from steering.scoring import resolve_reward
 from steering.task import Task
+from tests.tiny_pipelines import build
 
 BOWL = QuadraticReward([1.0, -0.5], 2.0)
 
@@ -86,7 +87,7 @@ class Climb(BestOfN):
         for t in times:
             prediction = yield Denoise(state, t, grad=True, checkpoint=self.checkpoint)
             state = 0.3 * state + 0.7 * prediction.x0
-        images = yield Decode(state, grad=True)
+        images = yield Decode(state, grad=True, checkpoint=self.checkpoint)
         scores = yield Score(images, state.detach(), grad=True)
         return (yield Gradient(scores.value, leaf))
 
@@ -197,6 +198,30 @@ def test_checkpointed_calls_give_the_same_and_count_what_runs_again() -> None:
         assert b.ledger.nfe == a.ledger.nfe
         assert b.ledger.nfe_recomputed == a.ledger.nfe_backward == b.ledger.nfe_backward
         assert a.ledger.nfe_recomputed == 0
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+def test_real_pipelines_replay_checkpointed_calls(name: str) -> None:
+    """Network, guidance and decoder run again inside the backward pass, to the same bits."""
+    pipe, call = build(name)
+    for part in (pipe.vae, getattr(pipe, "unet", None) or pipe.transformer):
+        part.requires_grad_(False)
+    call["prompt"] = [call["prompt"], "a boat"]
+    call["negative_prompt"] = [""] * 2
+    ends = []
+    for again in (False, True):
+        with steering.wrap(pipe, **call) as model:
+            method = Climb(n=1, chain=2, checkpoint=again)
+            tasks = tasks_of(model, [method] * 2, lambda images: images.mean((1, 2, 3)))
+            rows = model.rows
+            Engine(model).run(tasks)
+            spent = sum(t.ledger.nfe + t.ledger.nfe_recomputed for t in tasks)
+            assert model.rows - rows == spent
+        assert [t.error for t in tasks] == [None, None]
+        assert all(bool((t.ledger.nfe_recomputed > 0) == again) for t in tasks)
+        ends.append([t.outcome.x0 for t in tasks])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
 
 
 # --- when something goes wrong -----------------------------------------------------------------
