@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,33 +17,24 @@ _TOP = 20
 
 
 class LocalChat:
-    """A loaded model with its processor.
+    """A loaded model with its processor; see `load_chat`.
 
     Args:
-        folder: of the checkpoint, with model, processor and chat template.
         reward: named in messages.
     """
 
     def __init__(
-        self, folder: Path, reward: str, dtype: torch.dtype, device: str, batch_size: int
+        self,
+        model: Any,  # noqa: ANN401
+        processor: Any,  # noqa: ANN401
+        *,
+        reward: str,
+        device: str,
+        batch_size: int,
     ) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        self.processor: Any = checkpoints.load_part(AutoProcessor, folder, reward)
-        self.tokenizer: Any = self.processor.tokenizer
-        if not (self.processor.chat_template or self.tokenizer.chat_template):
-            raise WeightsError(
-                f"{reward}: {folder} has no chat template (chat_template.jinja), so it is unknown "
-                "how this model is asked. Take an instruction-tuned checkpoint."
-            )
-        # Answers begin at the end of every row, so the padding must be in front.
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model: Any = checkpoints.load_model(
-            AutoModelForImageTextToText, folder, reward, dtype, device
-        )
-        self.reward, self.dtype, self.device, self.batch_size = reward, dtype, device, batch_size
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.reward, self.device, self.batch_size = reward, device, batch_size
+        self.dtype: torch.dtype = model.dtype
 
     def choices(self, asks: Sequence[Ask], labels: Sequence[Sequence[str]]) -> Tensor:
         """Log-probabilities [n, k] of the first answer token; gradients reach the images."""
@@ -130,9 +120,7 @@ class LocalChat:
 
     def _processed(self, texts: list[str], images: list[list[Tensor]], **options: Any) -> Any:  # noqa: ANN401
         return dict(
-            self.processor(
-                text=texts, images=images, padding=True, return_tensors="pt", **options
-            )
+            self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
         )
 
     def _template(self, ask: Ask) -> str:
@@ -150,15 +138,43 @@ def _bytes(image: Tensor) -> Tensor:
     return (image.detach().clamp(0, 1) * 255).round().byte()
 
 
-@lru_cache(maxsize=2)
+_LOADED: OrderedDict[tuple[str, str, str], tuple[Any, Any]] = OrderedDict()
+_KEPT = 2
+
+
 def load_chat(source: str, reward: str, precision: str, device: str, batch_size: int) -> LocalChat:
-    """The model of a folder or hub id; the last two stay loaded.
+    """The model of a folder or hub id; the last two stay loaded, whichever rewards use them.
 
     Raises:
-        WeightsError: missing or unreadable files.
+        WeightsError: missing or unreadable files, or a model without a chat template.
     """
-    dtype = checkpoints.dtype_of(precision, reward)
+    key = (source, precision, device)
+    if key not in _LOADED:
+        dtype = checkpoints.dtype_of(precision, reward)
+        with torch.inference_mode(False):  # parameters kept for a backward pass later
+            _LOADED[key] = _open(source, reward, dtype, device)
+        while len(_LOADED) > _KEPT:
+            _LOADED.popitem(last=False)
+    _LOADED.move_to_end(key)
+    model, processor = _LOADED[key]
+    return LocalChat(model, processor, reward=reward, device=device, batch_size=batch_size)
+
+
+def _open(source: str, reward: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     needs = ("config.json", checkpoints.WEIGHTS, checkpoints.TOKENIZER, checkpoints.IMAGES)
     folder = checkpoints.find(source, reward, needs)
-    with torch.inference_mode(False):  # parameters kept for a backward pass later
-        return LocalChat(folder, reward, dtype, device, batch_size)
+    processor: Any = checkpoints.load_part(AutoProcessor, folder, reward)
+    tokenizer = processor.tokenizer
+    if not (processor.chat_template or tokenizer.chat_template):
+        raise WeightsError(
+            f"{reward}: {folder} has no chat template (chat_template.jinja), so it is unknown "
+            "how this model is asked. Take an instruction-tuned checkpoint."
+        )
+    # Answers begin at the end of every row, so the padding must be in front.
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = checkpoints.load_model(AutoModelForImageTextToText, folder, reward, dtype, device)
+    return model, processor

@@ -40,26 +40,29 @@ class ServerChat:
 
     def choices(self, asks: Sequence[Ask], labels: Sequence[Sequence[str]]) -> Tensor:
         """Log-probabilities [n, k] among the 20 likeliest first tokens; -inf for the others."""
-        replies = self._all(asks, lambda ask: self._ask(ask, 1, logprobs=True))
-        rows = []
-        for reply in replies:
+
+        def row(ask: Ask) -> Tensor:
+            reply = self._ask(ask, 1)
             top = reply.top[0] if reply.top else {}
-            rows.append([_total([top[s] for s in set(label) if s in top]) for label in labels])
-        return torch.tensor(rows)
+            return torch.tensor(
+                [_total([top[s] for s in set(spelled) if s in top]) for spelled in labels]
+            )
+
+        return torch.stack(self._all(asks, row))
 
     def write(self, asks: Sequence[Ask], max_new_tokens: int) -> list[Reply]:
         """Greedy answers, with the likeliest tokens where the server gives them."""
-        return self._all(asks, lambda ask: self._ask(ask, max_new_tokens, logprobs=True))
+        return self._all(asks, lambda ask: self._ask(ask, max_new_tokens))
 
-    def _all(self, asks: Sequence[Ask], job: Callable[[Ask], Reply]) -> list[Reply]:
+    def _all(self, asks: Sequence[Ask], job: Callable[[Ask], Any]) -> list[Any]:
         found, error = in_order(job, asks, self.concurrency)
         if isinstance(error, RemoteError):
             raise Unfinished(str(error), found) from error
         if error is not None:
             raise error
-        return [reply for reply in found if reply is not None]
+        return found
 
-    def _ask(self, ask: Ask, max_new_tokens: int, logprobs: bool) -> Reply:
+    def _ask(self, ask: Ask, max_new_tokens: int) -> Reply:
         urls = [f"data:image/png;base64,{base64_png(image)}" for image in ask.images]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         user = {"role": "user", "content": [*content, {"type": "text", "text": ask.text}]}
@@ -69,7 +72,7 @@ class ServerChat:
             "messages": [system, user] if ask.system else [user],
             "max_tokens": max_new_tokens,
             "temperature": 0,
-            "logprobs": logprobs,
+            "logprobs": True,
             "top_logprobs": _TOP,
         }
         key = os.environ.get(self.key_env, "")

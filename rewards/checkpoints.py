@@ -1,7 +1,8 @@
 """Finds and opens checkpoints: a folder on disk or a hub id, the same way for every reward.
 
 Pickled weights are read with ``weights_only``; code that comes with a checkpoint is never run. A
-weight that the files do not hold is an error: a layer left at random gives plausible, wrong scores.
+weight that the files do not hold is an error: a layer left at random gives plausible scores that
+are wrong.
 """
 
 from __future__ import annotations
@@ -82,8 +83,18 @@ def load_part(
         raise WeightsError(_unreadable(cls, folder, reward, error)) from error
 
 
-def load_model(cls: Any, folder: Path, reward: str, dtype: torch.dtype, device: str) -> Any:  # noqa: ANN401
+def load_model(
+    cls: Any,  # noqa: ANN401
+    folder: Path,
+    reward: str,
+    dtype: torch.dtype,
+    device: str,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     """A transformers model with all its weights, frozen, in evaluation mode.
+
+    Args:
+        options: for ``from_pretrained``.
 
     Raises:
         WeightsError: unreadable weights, or weights that do not fill the model.
@@ -95,6 +106,7 @@ def load_model(cls: Any, folder: Path, reward: str, dtype: torch.dtype, device: 
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:
         raise WeightsError(_unreadable(cls, folder, reward, error)) from error

@@ -91,9 +91,9 @@ class Wire:
     def _tried(self, path: str, data: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401
         where = self.url.rstrip("/") + path
         for attempt in range(self.retries + 1):
-            request = urllib.request.Request(where, data=data, headers=dict(headers))  # noqa: S310
+            request = urllib.request.Request(where, data=data, headers=dict(headers))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     return _json(answer.read(MAX_ANSWER + 1), where)
             except urllib.error.HTTPError as error:
                 text = error.read(2000).decode(errors="replace")
