@@ -165,7 +165,8 @@ def rewards(as_json: AsJson = False) -> None:
     from steering.apps.listing import reward_rows
 
     rows = reward_rows()
-    _show("Rewards", rows, ("name", "differentiable", "licence", "summary"), as_json)
+    columns = ("name", "hub_id", "licence", "range", "differentiable", "memory", "summary")
+    _show("Rewards", rows, columns, as_json)
 
 
 @app.command()

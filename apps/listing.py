@@ -45,9 +45,18 @@ def reward_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
+                "hub_id": _fact(entry, "hub_id"),
+                "licence": _fact(entry, "licence"),
+                "range": _fact(entry, "value_range"),
                 "differentiable": bool(getattr(entry, "differentiable", False)),
-                "licence": getattr(entry, "licence", "-") or "-",
+                "memory": _fact(entry, "memory"),
                 "summary": getattr(entry, "describe", "") or "",
             }
         )
     return rows
+
+
+def _fact(entry: object, name: str) -> str:
+    """A class fact as text; functions of the user's may have none."""
+    found = getattr(entry, name, None)
+    return found if isinstance(found, str) and found else "-"

@@ -8,23 +8,31 @@
 
 from __future__ import annotations
 
+from steering.rewards.aesthetic import Aesthetic
 from steering.rewards.arithmetic import WeightedSum
 from steering.rewards.base import Reward, register
 from steering.rewards.brightness import Brightness
 from steering.rewards.clip import Clip
 from steering.rewards.detector import Detector
 from steering.rewards.function import FunctionReward
+from steering.rewards.hps import HPS
+from steering.rewards.imagereward import ImageReward
 from steering.rewards.jpeg import Jpeg
+from steering.rewards.pickscore import PickScore
 from steering.rewards.pixels import PixelSpec
 from steering.rewards.spec import as_reward
 from steering.scoring import Scores
 
 __all__ = [
+    "HPS",
+    "Aesthetic",
     "Brightness",
     "Clip",
     "Detector",
     "FunctionReward",
+    "ImageReward",
     "Jpeg",
+    "PickScore",
     "PixelSpec",
     "Reward",
     "Scores",

@@ -19,6 +19,7 @@ class Brightness(Reward):
     """Mean luminance of the image, from 0 (black) to 1 (white)."""
 
     differentiable: ClassVar[bool] = True
+    value_range: ClassVar[str] = "0 to 1"
 
     def score(
         self, images: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None

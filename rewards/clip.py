@@ -52,6 +52,9 @@ class Clip(Reward):
 
     differentiable: ClassVar[bool] = True
     licence: ClassVar[str] = "MIT (code and OpenAI weights; other weights: their model card)"
+    hub_id: ClassVar[str] = "timm/vit_large_patch14_clip_224.openai (default)"
+    value_range: ClassVar[str] = "about 0.15 to 0.4 at scale 1"
+    memory: ClassVar[str] = "1.7 GB (ViT-L/14, fp32)"
 
     model: str = "ViT-L-14-quickgelu"
     pretrained: str = "openai"
@@ -108,18 +111,23 @@ class Encoder:
 
     Args:
         loaded: what `clip_loading.load` returns.
+        name: of the reward, for messages.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: Loaded, name: str = "clip") -> None:
+        self.loaded, self.name = loaded, name
         self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
         self.pixels = PixelSpec.from_open_clip(loaded.preprocess)
         self._text: OrderedDict[str, Tensor] = OrderedDict()
 
     def image(self, images: Tensor) -> Tensor:
         """Unit vectors float32 [n, d] of images [n, 3, H, W] in [0, 1]; differentiable."""
-        pixels = self.pixels.apply(images).to(self.loaded.dtype)
-        return torch.nn.functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        return self.embed(self.pixels.apply(images))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Unit vectors float32 [n, d] of pixels that are resized and normalised already."""
+        found = self.model.encode_image(pixels.to(self.loaded.dtype))
+        return torch.nn.functional.normalize(found.float(), dim=-1)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors float32 [n, d]; each prompt is encoded once and kept."""
@@ -144,8 +152,8 @@ class Encoder:
             length = _token_count(self.tokenizer, prompt)
             if room and length > room:
                 warnings.warn(
-                    f"clip reads {room} tokens and this prompt has {length}; the rest is not "
-                    f"scored: {prompt[:60]!r}...",
+                    f"{self.name} reads {room} tokens and this prompt has {length}; the rest is "
+                    f"not scored: {prompt[:60]!r}...",
                     stacklevel=2,
                 )
 

@@ -32,6 +32,9 @@ class Detector(Reward):
     """
 
     differentiable: ClassVar[bool] = False
+    hub_id: ClassVar[str] = "embedded"
+    value_range: ClassVar[str] = "0 or 1"
+    memory: ClassVar[str] = "under 10 MB"
 
     def for_model(self, model: Any) -> Detector:  # noqa: ANN401
         """This reward, after a look at the model's prompts and with its weights loaded."""

@@ -27,6 +27,7 @@ class Jpeg(Reward):
     """
 
     differentiable: ClassVar[bool] = False
+    value_range: ClassVar[str] = "below 0 kB"
 
     quality: int = 95
     sign: int = -1

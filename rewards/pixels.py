@@ -218,6 +218,12 @@ def _centred(x: Tensor, size: tuple[int, int], value: float) -> Tensor:
     return x[..., top : top + size[0], left : left + size[1]]
 
 
+def eight_bit(images: Tensor) -> Tensor:
+    """Values in [0, 1] as an 8-bit file holds them; gradients pass straight through."""
+    x = images.clamp(0, 1) * 255
+    return _rounded(x, torch.round(x)) / 255
+
+
 def _settled(x: Tensor, quantise: bool) -> Tensor:
     """Clamped to 8 bits as PIL's passes end: halves go up."""
     x = x.clamp(0, 255)
