@@ -1,0 +1,127 @@
+"""What searches share: walks along the grid, and the best finished sample so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError
+from steering.method import Context, as_float64
+from steering.paths import Prediction
+from steering.requests import Decode, Denoise, Outcome, Request, Score
+from steering.transitions import Transition
+
+_CHUNK = 16
+"""Samples decoded together: pictures that do not win are not kept."""
+
+Visit = Callable[[int, Tensor, Prediction], None]
+"""Told (node, x, prediction) wherever a walk asks the network."""
+
+
+def walk(
+    ctx: Context,
+    x: Tensor,
+    kernel: Transition,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    stream: str = "proposal",
+    slots: Sequence[int] | None = None,
+    prediction: Prediction | None = None,
+    visit: Visit | None = None,
+) -> Generator[Request, Any, Tensor]:
+    """States x [n, *event] at node ``start`` moved to node ``stop`` (the end by default).
+
+    Args:
+        slots: whose noise each row takes; 0 .. n - 1 by default.
+        prediction: at x, where it is already paid for.
+        visit: sees every state on the way that the network was asked about.
+    """
+    stop = len(ctx.grid) if stop is None else stop
+    for i in range(start, stop):
+        t, u = ctx.grid.times[i], ctx.grid.times[i + 1]
+        if prediction is None:
+            prediction = yield Denoise(x, t)
+        assert prediction is not None
+        if visit is not None:
+            visit(i, x, prediction)
+        x = ctx.move(x, prediction, t, u, kernel, step=i, slots=slots, stream=stream)
+        prediction = None
+    return x
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Winner:
+    """The best finished sample so far.
+
+    Attributes:
+        x0, image: [1, *event] and [1, ...].
+        reward: of exactly this image.
+        slot: its number in the order of all samples.
+    """
+
+    x0: Tensor
+    image: Tensor
+    reward: float
+    slot: int
+
+    def outcome(self) -> Outcome:
+        """What a method that maximises returns."""
+        return Outcome(
+            x0=self.x0,
+            images=self.image,
+            reward=torch.tensor([self.reward], dtype=torch.float64),
+            log_w=torch.zeros(1, dtype=torch.float64),
+            slots=torch.tensor([self.slot]),
+        )
+
+
+def judge(
+    x: Tensor, best: Winner | None, first: int = 0
+) -> Generator[Request, Any, tuple[Tensor, Winner]]:
+    """Rewards [n] float64 of finished samples x [n, *event], and the best of them and ``best``.
+
+    Ties go to the earlier sample.
+
+    Args:
+        first: the number of the first of these samples in the order of all.
+    """
+    rewards: list[Tensor] = []
+    for start in range(0, len(x), _CHUNK):
+        part = x[start : start + _CHUNK]
+        images = yield Decode(part)
+        scores = yield Score(images, part, final=True)
+        values = as_float64(scores.value)
+        k = top(values)
+        if best is None or float(values[k]) > best.reward:
+            best = Winner(
+                x0=part[k : k + 1].clone(),
+                image=images[k : k + 1].clone(),
+                reward=float(values[k]),
+                slot=first + start + k,
+            )
+        rewards.append(values)
+    assert best is not None
+    return torch.cat(rewards), best
+
+
+def top(values: Tensor) -> int:
+    """The index of the largest value; ties go to the first."""
+    return int(values.argsort(descending=True, stable=True)[0])
+
+
+def require_continuous(name: str, x: Tensor, what: str) -> None:
+    """Raises where states have no neighbours.
+
+    Raises:
+        OptionError: the model's states are integers.
+    """
+    if not x.dtype.is_floating_point:
+        raise OptionError(
+            f"{name}: {what} needs states of real numbers, this model's are {x.dtype}. Use "
+            "best_of_n or fk."
+        )

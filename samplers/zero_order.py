@@ -1,0 +1,141 @@
+"""Zero-order search: hill climbing in the space of starting noises.
+
+Ma et al. (2025), arXiv 2501.09732. A pivot noise is compared with N neighbours on its sphere
+
+    n' = |n| (cosine n/|n| + sqrt(1 - cosine^2) w),    w a random direction at right angles to n
+
+each run to a sample and scored; the best becomes the pivot if it is better. The pivot's own sample
+is known, so it is not made again. Each neighbour follows N(0, I) if the pivot does; noise that the
+sampler adds on the way (eta > 0) is the same for all, so that only the start is searched.
+
+Cost of R rounds of S steps: S (1 + R N) network rows, 1 + R N decodes and reward calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError
+from steering.method import Context, Cost, Plan
+from steering.noise import sphere_neighbour
+from steering.registry import METHODS
+from steering.requests import Progress, Request, Run
+from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.rollout import Winner, judge, require_continuous, top, walk
+
+
+@METHODS.register("zero_order")
+@dataclass(frozen=True, kw_only=True)
+class ZeroOrder(Sampler):
+    """A pivot noise, its neighbours, a step to the best.
+
+    Attributes:
+        n_neighbours: samples of each round; 0 makes one sample and stops.
+        rounds: None spends the budget (4 where there is none).
+        cosine: of the angle between pivot and neighbour: near 1 for small moves.
+        restart: where no neighbour is better, "fresh" draws a new pivot, which takes the place of
+            one neighbour in its round; "keep" looks for others round the same pivot. Neighbours
+            have the pivot's norm, so without new pivots the search stays on one sphere.
+        reward_max: stop after a round whose best reaches this reward.
+    """
+
+    n_neighbours: int = 4
+    rounds: int | None = None
+    cosine: float = 0.95
+    restart: Literal["fresh", "keep"] = "fresh"
+    reward_max: float | None = None
+
+    name: ClassVar[str] = "zero_order"
+    summary: ClassVar[str] = "hill climbing among neighbours of the starting noise"
+    paper: ClassVar[str] = "Ma et al. 2025, arXiv 2501.09732"
+    target: ClassVar[str] = "maximum"
+    needs_gradient: ClassVar[bool] = False
+    needs_stochastic: ClassVar[bool] = False
+    anytime: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, object]]] = {
+        # Public code for FLUX.1-dev: 4 rounds of 4 neighbours, a new pivot after a failure. It
+        # makes the pivot again in every round; ours costs 4 samples less.
+        "flux": {"n_neighbours": 4, "rounds": 4, "cosine": 0.95, "restart": "fresh"},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_neighbours < 0:
+            raise OptionError(f"zero_order: n_neighbours must be >= 0, got {self.n_neighbours}.")
+        if self.rounds is not None and self.rounds < 1:
+            raise OptionError(f"zero_order: rounds must be at least 1, got {self.rounds}.")
+        if not -1.0 < self.cosine < 1.0:
+            raise OptionError(f"zero_order: cosine must lie in (-1, 1), got {self.cosine}.")
+
+    def cost(self, plan: Plan) -> Cost:
+        """At most, where ``reward_max`` may stop it."""
+        n = 1 + (self.rounds or 1) * self.n_neighbours
+        return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
+
+    def fit(self, plan: Plan) -> ZeroOrder:
+        if self.rounds is None and self.n_neighbours > 0:
+            what = f"round of {self.n_neighbours} neighbours and their pivot"
+            rounds = afford(plan, lambda r: replace(self, rounds=r).cost(plan), 4, what)
+            return replace(self, rounds=rounds)
+        what = f"zero_order with {self.rounds} rounds of {self.n_neighbours} neighbours"
+        within_budget(plan, self.cost(plan), what)
+        return self
+
+    def run(self, ctx: Context) -> Run:
+        pivot, pivots, made = ctx.noise(1), 1, 1
+        self._check(pivot)
+        rewards, best = yield from self._try(ctx, pivot, None, 0)
+        height: float | None = float(rewards[0])
+        rounds = (self.rounds or 1) if self.n_neighbours else 0
+        for r in range(rounds):
+            if self._reached(best):
+                break
+            if height is None:
+                key = ctx.key("init").at(slot=pivots)
+                pivot, pivots = ctx.model.noise(1, key, cond=ctx.cond), pivots + 1
+                around = self._neighbours(ctx, pivot, r, self.n_neighbours - 1)
+                noises = torch.cat([pivot, around])
+            else:
+                noises = self._neighbours(ctx, pivot, r, self.n_neighbours)
+            rewards, best = yield from self._try(ctx, noises, best, made)
+            made += len(noises)
+            k, floor = top(rewards), float(rewards[0]) if height is None else height
+            moved = float(rewards[k]) > floor
+            if moved:
+                pivot, height = noises[k : k + 1], float(rewards[k])
+            else:
+                height = floor if self.restart == "keep" else None
+            info = {"round": r, "rewards": rewards, "moved": moved, "best": best.reward}
+            yield Progress(step=r + 1, of=rounds, info=info, preview=best.image)
+        return best.outcome()
+
+    def _try(
+        self, ctx: Context, noises: Tensor, best: Winner | None, first: int
+    ) -> Generator[Request, Any, tuple[Tensor, Winner]]:
+        """Samples from these noises, judged; all rows share slot 0's noise on the way."""
+        slots = [0] * len(noises)
+        x = yield from walk(ctx, noises, self.kernel(), slots=slots)
+        return (yield from judge(x, best, first))
+
+    def _neighbours(self, ctx: Context, pivot: Tensor, r: int, n: int) -> Tensor:
+        """n neighbours of pivot [1, *event]; round r has directions of its own."""
+        z = ctx.key("neighbour", r).normal(n, pivot.shape[1:], device=str(pivot.device))
+        return sphere_neighbour(pivot.expand(n, *pivot.shape[1:]), z, self.cosine)
+
+    def _reached(self, best: Winner) -> bool:
+        return self.reward_max is not None and best.reward >= self.reward_max
+
+    def _check(self, x: Tensor) -> None:
+        """Raises before anything is spent where noise has no neighbours."""
+        require_continuous(self.name, x, "a neighbour of a noise")
+        if self.n_neighbours and math.prod(x.shape[1:]) < 2:
+            raise OptionError(
+                "zero_order: states of one number have no neighbours on their sphere; use "
+                "random_search."
+            )
