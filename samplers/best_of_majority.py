@@ -49,7 +49,8 @@ class BestOfMajority(Sampler):
 
     Attributes:
         n: how many samples; None spends the budget (16 where there is none).
-        k: how many to return. Where fewer are frequent enough, the most frequent others follow.
+        k: how many to return, at most: no rare sample is added where fewer are frequent enough.
+            Where none is, the k most frequent are returned.
         frequency: "labels" share of the samples with an equal embedding; "clusters" share of the
             samples in the same cluster (linked by steps of at most ``radius``); "density" mean
             over the samples of exp(-d^2 / (2 radius^2)), itself included.
@@ -166,13 +167,11 @@ class BestOfMajority(Sampler):
             wanted = 0.5 * float(frequency.mean())
         order = reward.argsort(descending=True, stable=True)
         if wanted > 0.0:
-            # Equal rewards: the more frequent first. Rare samples last, by frequency alone.
-            order = frequency.argsort(descending=True, stable=True)
-            frequent = order[frequency[order] >= wanted]
-            rare = order[frequency[order] < wanted]
-            order = torch.cat(
-                [frequent[reward[frequent].argsort(descending=True, stable=True)], rare]
-            )
+            by_frequency = frequency.argsort(descending=True, stable=True)
+            frequent = by_frequency[frequency[by_frequency] >= wanted]
+            # Stable: of equal rewards the more frequent comes first.
+            order = frequent[reward[frequent].argsort(descending=True, stable=True)]
+            order = order if len(order) else by_frequency
         if self.distinct:
             firsts: dict[int, int] = {}
             for i in order.tolist():
