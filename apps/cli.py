@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from steering.apps.stickers import app as stickers
 from steering.errors import SteeringError
 
 app = typer.Typer(
@@ -21,9 +22,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+app.add_typer(stickers, name="stickers")
 
 Prompt = Annotated[str, typer.Argument(help="What the picture should show.")]
-ModelOption = Annotated[str, typer.Option("--model", help="'stickers', a folder, or a hub id.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="'stickers', 'stickers-sd', 'stickers-turbo', a folder, or a hub id."
+    ),
+]
 RewardOption = Annotated[
     str, typer.Option("--reward", help="Guiding reward: a name or 'clip + 0.5*brightness'.")
 ]
@@ -171,7 +178,10 @@ def rewards(as_json: AsJson = False) -> None:
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(help="'stickers', a folder, or a hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="'stickers', 'stickers-sd', 'stickers-turbo', a folder, or a hub id."),
+    ],
     prompt: Annotated[str, typer.Option("--prompt")] = "a photo of a red apple",
     settings: Setting = None,
     dtype: Dtype = "auto",

@@ -12,7 +12,9 @@ from steering.errors import OptionError, WeightsError
 from steering.recipe import describe_value, fingerprint
 
 EMBEDDED = "stickers"
-"""The name of the model that ships with the package."""
+"""The model that ships with the package and is used unless another is named."""
+SHIPPED = (EMBEDDED, "stickers-sd", "stickers-turbo")
+"""All models that ship with the package."""
 
 
 def load(
@@ -24,7 +26,8 @@ def load(
     """A diffusers pipeline, ready to be steered.
 
     Args:
-        source: "stickers" (embedded), a folder with a model_index.json, or a hub id.
+        source: "stickers", "stickers-sd" or "stickers-turbo" (embedded), a folder with a
+            model_index.json, or a hub id.
         dtype: "auto" is bfloat16 where the hardware multiplies it fast, float32 elsewhere.
         device: "cuda" where there is one, by default.
 
@@ -33,10 +36,10 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = as_dtype(dtype, device)
-    if str(source) == EMBEDDED:
+    if str(source) in SHIPPED:
         from steering.stickers.load import load_pipeline
 
-        return load_pipeline(wanted).to(device)
+        return load_pipeline(str(source), wanted).to(device)
     from diffusers import DiffusionPipeline
 
     folder = Path(source)
@@ -59,11 +62,11 @@ def load(
 
 def call_defaults(source: str | None) -> dict[str, Any]:
     """Call arguments that suit a model better than its pipeline class's own defaults."""
-    if source != EMBEDDED:
+    if source not in SHIPPED:
         return {}
-    from steering.stickers.load import CALL
+    from steering.stickers.load import CALLS
 
-    return dict(CALL)
+    return dict(CALLS[source])
 
 
 def as_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
@@ -96,11 +99,13 @@ def source_of(pipe: object) -> str | None:
     name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
     if not name:
         return None
-    from steering.stickers.load import WEIGHTS
+    from steering.stickers.load import FOLDERS
 
     folder = Path(name)
-    if folder.exists() and folder.resolve() == (WEIGHTS / "pipeline").resolve():
-        return EMBEDDED
+    if folder.exists():
+        for shipped, place in FOLDERS.items():
+            if folder.resolve() == place.resolve():
+                return shipped
     return str(name)
 
 

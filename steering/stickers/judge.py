@@ -149,12 +149,13 @@ def _objects(scores: Tensor, labels: Tensor, boxes: Tensor) -> list[Found]:
             break
         cx, cy, w, h = boxes[k].tolist()
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        if all(_overlap(box, other.box) < MAX_OVERLAP for other in kept):
+        if all(overlap(box, other.box) < MAX_OVERLAP for other in kept):
             kept.append(Found(name=CLASSES[labels[k]], score=float(scores[k]), box=box))
     return kept
 
 
-def _overlap(a: Box, b: Box) -> float:
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union."""
     w = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     h = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])

@@ -13,42 +13,88 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import DiffusionPipeline
     from open_clip import CLIP
     from transformers import ConditionalDetrForObjectDetection
 
 WEIGHTS = Path(__file__).with_name("weights")
 T5_ZEROS = 14  # tokens that stand for the T5 encoder this pipeline does without
-CALL: dict[str, Any] = {
-    "num_inference_steps": 20,
-    "guidance_scale": 4.0,
-    "max_sequence_length": T5_ZEROS,
+CALLS: dict[str, dict[str, Any]] = {
+    "stickers": {
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "max_sequence_length": T5_ZEROS,
+    },
+    "stickers-sd": {"num_inference_steps": 25, "guidance_scale": 4.0},
+    "stickers-turbo": {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "max_sequence_length": T5_ZEROS,
+    },
 }
-"""Arguments of `pipe(...)` that suit the model; a stock call adds 256 zero tokens instead of 14,
-which makes a step six times as slow. `steering.steer` passes these unless told otherwise."""
+"""Arguments of `pipe(...)` that suit each model. A stock call of an SD3 pipeline adds 256 zero
+tokens instead of 14, which makes a step six times as slow. `steering.steer` passes these unless
+told otherwise."""
+CALL = CALLS["stickers"]
+FOLDERS: dict[str, Path] = {
+    "stickers": WEIGHTS / "pipeline",
+    "stickers-sd": WEIGHTS / "sd",
+    "stickers-turbo": WEIGHTS / "turbo",
+}
 _T = TypeVar("_T")
 
 
 def load_pipeline(
-    dtype: torch.dtype = torch.bfloat16, folder: Path | str = WEIGHTS / "pipeline"
-) -> StableDiffusion3Pipeline:
-    """The sticker text-to-image model, with its progress bar off.
+    name: str = "stickers",
+    dtype: torch.dtype = torch.bfloat16,
+    folder: Path | str | None = None,
+    base: Path | str = FOLDERS["stickers"],
+) -> DiffusionPipeline:
+    """A sticker text-to-image model, with its progress bar off.
+
+    Args:
+        name: "stickers" (flow), "stickers-sd" (epsilon-prediction UNet) or "stickers-turbo" (the
+            flow's student of one to four steps).
+        folder: other weights for it, as a training run exports them.
+        base: the "stickers" folder whose autoencoder, tokenizers and (turbo) text towers the
+            other two share.
 
     Raises:
         steering.errors.WeightsError: weights are missing or cannot be read.
+        steering.errors.OptionError: an unknown name.
     """
-    from diffusers import StableDiffusion3Pipeline
+    from steering.errors import unknown_name
 
-    def read() -> StableDiffusion3Pipeline:
-        with quiet("diffusers", "transformers"):
-            return StableDiffusion3Pipeline.from_pretrained(
-                str(folder), torch_dtype=dtype, text_encoder_3=None, tokenizer_3=None,
-                feature_extractor=None, image_encoder=None, local_files_only=True,
-            )  # fmt: skip
-
-    pipe = _open(Path(folder), "model_index.json", read)
+    if name not in FOLDERS:
+        raise unknown_name("sticker model", name, FOLDERS)
+    where = FOLDERS[name] if folder is None else Path(folder)
+    pipe = _open(where, "model_index.json", lambda: _read(name, where, Path(base), dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _read(name: str, folder: Path, base: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline in `folder`; parts that it does not hold come from `base`."""
+    import diffusers
+    import transformers
+
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+    with quiet("diffusers", "transformers"):
+        if name == "stickers-sd":
+            return diffusers.StableDiffusionPipeline.from_pretrained(
+                str(folder), **options, requires_safety_checker=False,
+                safety_checker=None, feature_extractor=None, image_encoder=None,
+                vae=diffusers.AutoencoderTiny.from_pretrained(base / "vae", **options),
+                tokenizer=transformers.CLIPTokenizer.from_pretrained(base / "tokenizer"),
+            )  # fmt: skip
+        open_sd3 = diffusers.StableDiffusion3Pipeline.from_pretrained
+        absent = ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")
+        parts: dict[str, Any] = dict.fromkeys(absent)
+        if name == "stickers-turbo":
+            rest = open_sd3(str(base), **options, **parts, transformer=None, scheduler=None)
+            shared = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+            parts |= {part: getattr(rest, part) for part in shared}
+        return open_sd3(str(folder), **options, **parts)
 
 
 def load_clip(

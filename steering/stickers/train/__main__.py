@@ -1,6 +1,6 @@
 """Trains one sticker model; resumable. See docs/stickers.md for the recipes behind the weights.
 
-python -m steering.stickers.train autoencoder|clip|detector|flow --minutes M --out DIR
+python -m steering.stickers.train MODEL --minutes M --out DIR [--resume]
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "clip": {"lr": 1e-3, "weight_decay": 0.05, "ema": 0.98},
     "detector": {"lr": 2e-3, "weight_decay": 0.01, "warmup": 30},
     "flow": {"lr": 5e-4, "weight_decay": 0.01, "betas": (0.9, 0.99), "ema": 0.995},
+    "unet": {"lr": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.99), "ema": 0.998},
+    "turbo": {"lr": 3e-4, "weight_decay": 0.0, "betas": (0.9, 0.99), "ema": 0.99},
 }
 
 

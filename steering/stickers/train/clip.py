@@ -106,7 +106,7 @@ def export(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(folder: Path, n: int = 1024) -> dict[str, float]:
-    """Right caption among 64, and a caption told from its copy with the colours swapped.
+    """Right caption among 64, and a caption told from its copy with colours or places swapped.
 
     Scenes hold held-out pairs, except single-object tags, which have no pairs.
     """
@@ -119,18 +119,21 @@ def evaluate(folder: Path, n: int = 1024) -> dict[str, float]:
     best = (image.view(-1, 64, 1, 128) * text.view(-1, 1, 64, 128)).sum(-1).argmax(-1)
     picked = [captions[64 * (k // 64) + int(j)] for k, j in enumerate(best.flatten())]
     right = float(np.mean([p == c for p, c in zip(picked, captions, strict=True)]))
-    pairs = [k for k, s in enumerate(scenes) if s.metadata["tag"] == "color_attr"]
-    swapped = model.encode_text(tokenizer([_swap(captions[k]) for k in pairs]), normalize=True)
-    told = ((image[pairs] * text[pairs]).sum(-1) > (image[pairs] * swapped).sum(-1)).float()
-    return {"caption_among_64": right, "swapped_colors_told": float(told.mean())}
+    out = {"caption_among_64": right}
+    for name, tag in (("swapped_colors_told", "color_attr"), ("swapped_places_told", "position")):
+        pairs = [k for k, s in enumerate(scenes) if s.metadata["tag"] == tag]
+        swapped = model.encode_text(tokenizer([swap(captions[k]) for k in pairs]), normalize=True)
+        told = (image[pairs] * text[pairs]).sum(-1) > (image[pairs] * swapped).sum(-1)
+        out[name] = float(told.float().mean())
+    return out
 
 
-def _swap(caption: str) -> str:
+def swap(caption: str) -> str:
+    """The caption with its two colours, or its two objects, in each other's place."""
     from steering.stickers.grammar import parse, record
 
     first, second = parse(caption)["include"]
-    return record(
-        "color_attr",
-        (first["class"], second["class"]),
-        colors=(second["color"], first["color"]),
-    )["prompt"]
+    names = (first["class"], second["class"])
+    if "position" in second:  # the clauses of a relation stand in the order target, subject
+        return record("position", names, relation=second["position"][0])["prompt"]
+    return record("color_attr", names, colors=(second["color"], first["color"]))["prompt"]

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path)
     args = parser.parse_args()
     text = prompts("heldout", args.n)
-    pipe = load_pipeline(torch.float32, args.pipeline)
+    pipe = load_pipeline("stickers", torch.float32, args.pipeline)
     images = sample(pipe, text, steps=args.steps, guidance=args.guidance, seed=args.seed)
     verdicts = StickerJudge().judge(to_tensor(images), text)
     for name, share in shares(text, verdicts).items():

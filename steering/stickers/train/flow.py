@@ -45,7 +45,9 @@ class Latents:
     labels: Tensor
 
 
-def load_data(cache: Path, pipeline: Path, tokenizer: CLIPTokenizer) -> Latents:
+def load_data(
+    cache: Path, pipeline: Path, tokenizer: CLIPTokenizer, *, cells: int = CELLS
+) -> Latents:
     """Render and encode the scenes once; captions and labels are redrawn from the seeds."""
     world = StickerWorld()
     scenes = [world.sample(np.random.default_rng([LATENT_SEED, k])) for k in range(SCENES)]
@@ -58,7 +60,7 @@ def load_data(cache: Path, pipeline: Path, tokenizer: CLIPTokenizer) -> Latents:
         ]
         write_atomic(cache, lambda path: save_file({"latents": torch.cat(parts)}, path))
     latents = load_file(cache)["latents"]
-    labels = torch.from_numpy(np.stack([label_map(s) for s in scenes]))
+    labels = torch.from_numpy(np.stack([label_map(s, cells) for s in scenes]))
     return Latents(latents, tokenize(tokenizer, [s.prompt for s in scenes]), labels)
 
 
@@ -66,11 +68,11 @@ def tokenize(tokenizer: CLIPTokenizer, text: list[str]) -> Tensor:
     return tokenizer(text, padding="max_length", return_tensors="pt").input_ids
 
 
-def label_map(scene: Scene) -> np.ndarray:
-    """How much of each image token's cell each class and tint covers, uint8 [16, 62] of 255."""
-    cell = SIZE // CELLS
-    starts = np.arange(CELLS) * cell
-    out = np.zeros((CELLS, CELLS, LABELS), np.float32)
+def label_map(scene: Scene, cells: int = CELLS) -> np.ndarray:
+    """How much of each cell each class and tint covers, uint8 [cells^2, 62] of 255."""
+    cell = SIZE // cells
+    starts = np.arange(cells) * cell
+    out = np.zeros((cells, cells, LABELS), np.float32)
     for o in scene.objects:
         x, y = (
             np.clip(np.minimum(starts + cell, p + SPRITE) - np.maximum(starts, p), 0, None) / cell
