@@ -24,12 +24,11 @@ app = typer.Typer(
 console = Console(stderr=True)
 app.add_typer(stickers, name="stickers")
 
+MODEL_HELP = "'stickers', 'stickers-sd', 'stickers-turbo', a folder, or a hub id."
 Prompt = Annotated[str, typer.Argument(help="What the picture should show.")]
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", help="'stickers', 'stickers-sd', 'stickers-turbo', a folder, or a hub id."
-    ),
+    typer.Option("--model", help=MODEL_HELP),
 ]
 RewardOption = Annotated[
     str, typer.Option("--reward", help="Guiding reward: a name or 'clip + 0.5*brightness'.")
@@ -180,7 +179,7 @@ def rewards(as_json: AsJson = False) -> None:
 def check(
     model: Annotated[
         str,
-        typer.Argument(help="'stickers', 'stickers-sd', 'stickers-turbo', a folder, or a hub id."),
+        typer.Argument(help=MODEL_HELP),
     ],
     prompt: Annotated[str, typer.Option("--prompt")] = "a photo of a red apple",
     settings: Setting = None,
