@@ -56,7 +56,7 @@ def digits(low: int, high: int) -> list[tuple[str, str]]:
 
 
 def expected_number(reply: Reply, pattern: re.Pattern[str], low: int, high: int) -> float:
-    """The number that group 1 of `pattern` finds, with its first digit averaged over the model.
+    """The last number in group 1 of `pattern`, with its first digit averaged over the model.
 
     The digit d counts by its probability among the digits low to high, ``sum p(d) (d + rest)``,
     where rest is what the model wrote behind the point. Less coarse than the written number, and
@@ -66,8 +66,9 @@ def expected_number(reply: Reply, pattern: re.Pattern[str], low: int, high: int)
         NaN where the pattern is not found, or the reply has no probabilities there.
     """
     spelled = "".join(reply.tokens)
-    found = pattern.search(spelled)
-    if not found or len(reply.top) != len(reply.tokens):
+    places = list(pattern.finditer(spelled))
+    found = places[-1] if places else None
+    if found is None or len(reply.top) != len(reply.tokens):
         return math.nan
     at = end = 0
     for k, token in enumerate(reply.tokens):
