@@ -235,6 +235,19 @@ def test_a_task_that_dies_in_between_costs_the_others_nothing() -> None:
     same([tasks[0], tasks[2]], [good[0], good[2]])
 
 
+def test_a_task_that_dies_in_between_frees_its_place() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Dies(Climb):
+        def slope(self, x, times):
+            yield Denoise(x.clone().requires_grad_(), times[0], grad=True)
+            raise SteeringError("gave up")
+
+    model = Watched(3)
+    tasks = run(model, [Dies(n=4), Climb(n=2), Climb(n=2)], max_batch=4)
+    assert "gave up" in str(tasks[0].error)
+    assert model.calls == [4] * 9
+
+
 def test_a_reward_that_fails_for_one_prompt() -> None:
     def picky(images, prompts):
         if "p1" in prompts and torch.is_grad_enabled():

@@ -1,0 +1,178 @@
+"""Mistakes in gradients, twisted proposals and guidance that the tests must notice."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+_LAW = (
+    "tests/test_tds.py::test_every_rule_has_the_same_target",
+    "tests/test_das.py::test_every_tempering_has_the_same_target",
+)
+_HAND = (
+    "tests/test_tds.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",
+    "tests/test_das.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",
+)
+_TOGETHER = "tests/test_engine_gradients.py"
+
+MUTANTS = (
+    Mutant(
+        "gradients: requests with a graph are served one task at a time",
+        "steering/engine.py",
+        "return (reward, *keeps)",
+        "return (reward, *keeps, id(task) if keeps[0] else 0)",
+        (f"{_TOGETHER}::test_eight_tasks_share_calls_and_get_what_each_gets_alone",),
+    ),
+    Mutant(
+        "gradients: served before the others have arrived",
+        "steering/engine.py",
+        "(Score, Decode, Denoise, Gradient)",
+        "(Gradient, Score, Decode, Denoise)",
+        (f"{_TOGETHER}::test_tasks_at_different_paces_and_lengths", f"{_TOGETHER}"),
+    ),
+    Mutant(
+        "gradients: a graph is freed that others hold",
+        "steering/gradients.py",
+        "keep = len(part) > 1 or outside or any(requests[k].retain for k in part)",
+        "keep = False",
+        (f"{_TOGETHER}::test_memory_is_halved_and_graphs_wait_for_each_other", f"{_TOGETHER}"),
+    ),
+    Mutant(
+        "gradients: graphs are not bounded",
+        "steering/gradients.py",
+        "if wide[kind] and wide[kind] + rows > self.limits[kind]:",
+        "if False:",
+        (f"{_TOGETHER}::test_rows_with_a_graph_are_bounded", f"{_TOGETHER}"),
+    ),
+    Mutant(
+        "gradients: a method may differentiate by itself",
+        "steering/gradients.py",
+        "if not ctx.lock.open:",
+        "if False:",
+        (f"{_TOGETHER}::test_mistakes_are_named_with_and_without_company",),
+    ),
+    Mutant(
+        "gradients: an input without influence gets zeros",
+        "steering/gradients.py",
+        "if len(used) < len(grads):",
+        "if not used:",
+        (f"{_TOGETHER}::test_mistakes_are_named_with_and_without_company",),
+    ),
+    Mutant(
+        "gradients: a dead task keeps its place",
+        "steering/engine.py",
+        "        if task not in pending:\n            self.graphs.release(task)\n",
+        "",
+        (f"{_TOGETHER}::test_a_task_that_dies_in_between_frees_its_place",),
+    ),
+    Mutant(
+        "gradients: a reward without one is found out late",
+        "steering/api.py",
+        "    _check_gradient(model, fitted, reward)\n",
+        "",
+        (f"{_TOGETHER}::test_a_reward_without_gradient_is_refused_before_the_first_call",),
+    ),
+    Mutant(
+        "twists: stale gradients after resampling",
+        "samplers/tds.py",
+        'state, ancestors = resample(state, scheme(self.resampler), ctx.key("resample", i))',
+        "old = state.memory\n"
+        "            state, ancestors = resample("
+        'state, scheme(self.resampler), ctx.key("resample", i))\n'
+        "            state = replace(state, memory=old)",
+        _LAW,
+    ),
+    Mutant(
+        "twists: the ratio of the densities is missing",
+        "samplers/twists.py",
+        "    log_w = state.log_w + ratio.to(state.log_w.device)\n",
+        "    log_w = state.log_w\n",
+        (*_HAND, *_LAW),
+    ),
+    Mutant(
+        "twists: the ratio has the wrong sign",
+        "samplers/twists.py",
+        "return -inner - 0.5 * d.flatten(1).square().sum(1)",
+        "return inner + 0.5 * d.flatten(1).square().sum(1)",
+        (*_HAND, *_LAW),
+    ),
+    Mutant(
+        "twists: the ratio as seen from the base proposal",
+        "samplers/twists.py",
+        "return -inner - 0.5 * d",
+        "return -inner + 0.5 * d",
+        (*_HAND, *_LAW),
+    ),
+    Mutant(
+        "twists: the density of the unclipped proposal",
+        "samplers/twists.py",
+        "return slope * factor.reshape(-1, *[1] * (slope.ndim - 1))",
+        "return slope",
+        ("tests/test_tds.py::test_clipping",),
+    ),
+    Mutant(
+        "twists: a shift that is larger than the one in the ratio",
+        "samplers/twists.py",
+        "Step(like + shift.to(like), base.std)",
+        "Step(like + 1.2 * shift.to(like), base.std)",
+        (*_HAND, *_LAW),
+    ),
+    Mutant(
+        "twists: away from reward",
+        "samplers/tds.py",
+        "usable(self.reward_scale * seen.slope)",
+        "usable(-self.reward_scale * seen.slope)",
+        (
+            "tests/test_tds.py::test_weights_are_flat_where_the_twist_is_nearly_exact",
+            *_HAND,
+        ),
+    ),
+    Mutant(
+        "twists: the last potential is that of an estimate",
+        "samplers/tds.py",
+        "        state = state.set_potential(tilt(reward, self.reward_scale))\n",
+        "",
+        (*_HAND, *_LAW),
+    ),
+    Mutant(
+        "twists: the last step is twisted too",
+        "samplers/tds.py",
+        "return range(min(grid.nearest(self.start), len(grid) - 1), len(grid) - 1)",
+        "return range(min(grid.nearest(self.start), len(grid)), len(grid))",
+        ("tests/test_tds.py::test_the_ledger_is_the_closed_formula",),
+    ),
+    Mutant(
+        "tds: the noise of the prediction is left alone",
+        "samplers/twists.py",
+        "prediction.eps - t.sigma * shift",
+        "prediction.eps",
+        ("tests/test_tds.py::test_a_larger_score_keeps_the_state",),
+    ),
+    Mutant(
+        "das: the potential has the next step's temper",
+        "samplers/das.py",
+        "return self.schedule(k, steps), self",
+        "return self.schedule(k + 1, steps), self",
+        ("tests/test_das.py::test_the_potential_has_the_temper_of_its_own_step",),
+    ),
+    Mutant(
+        "das: the proposal has this step's temper",
+        "samplers/das.py",
+        "self.schedule(k + 1, steps)",
+        "self.schedule(k, steps)",
+        ("tests/test_das.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",),
+    ),
+    Mutant(
+        "das: the standard deviation for the variance",
+        "samplers/das.py",
+        "base.std * base.std * self",
+        "base.std * self",
+        ("tests/test_das.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",),
+    ),
+    Mutant(
+        "das: the adaptive temper forgets the weights carried",
+        "samplers/twists.py",
+        "return ess(state.set_potential(temper * rho).log_w) >= share",
+        "return ess(temper * rho) >= share",
+        ("tests/test_das.py::test_the_adaptive_temper_meets_its_threshold",),
+    ),
+)
