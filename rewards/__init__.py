@@ -12,8 +12,18 @@ from steering.rewards.aesthetic import Aesthetic
 from steering.rewards.arithmetic import WeightedSum
 from steering.rewards.base import Reward, register
 from steering.rewards.brightness import Brightness
+from steering.rewards.calibration import Calibration, measure
 from steering.rewards.clip import Clip
+from steering.rewards.compose import (
+    ByCategory,
+    ClippedGradient,
+    Lexicographic,
+    Min,
+    RankMean,
+    ZSum,
+)
 from steering.rewards.detector import Detector
+from steering.rewards.ensemble import Ensemble
 from steering.rewards.function import FunctionReward
 from steering.rewards.hps import HPS
 from steering.rewards.imagereward import ImageReward
@@ -27,16 +37,25 @@ __all__ = [
     "HPS",
     "Aesthetic",
     "Brightness",
+    "ByCategory",
+    "Calibration",
     "Clip",
+    "ClippedGradient",
     "Detector",
+    "Ensemble",
     "FunctionReward",
     "ImageReward",
     "Jpeg",
+    "Lexicographic",
+    "Min",
     "PickScore",
     "PixelSpec",
+    "RankMean",
     "Reward",
     "Scores",
     "WeightedSum",
+    "ZSum",
     "as_reward",
+    "measure",
     "register",
 ]

@@ -83,6 +83,11 @@ class WeightedSum(Arithmetic):
         return all(reward.differentiable for weight, reward in self.terms if weight)
 
     @property
+    def stationary(self) -> bool:
+        """Whether no component that has a weight looks at the other images of a call."""
+        return all(getattr(reward, "stationary", True) for weight, reward in self.terms if weight)
+
+    @property
     def spec(self) -> str | None:
         """The string that rebuilds the sum; None where a component has none."""
         specs = [reward.spec for _, reward in self.terms]

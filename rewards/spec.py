@@ -3,7 +3,8 @@
     expression = term {("+" | "-") term}         names, numbers and parentheses; rewards are
     term       = factor {("*" | "/") factor}     multiplied and divided by numbers only
     factor     = {"+" | "-"} atom
-    atom       = number | "(" expression ")" | name ["(" key "=" value {"," key "=" value} ")"]
+    atom       = number | "(" expression ")" | name ["(" [item {"," item}] ")"]
+    item       = key "=" value | expression    (rewards made of rewards take expressions, first)
 
 A value is a quoted string or a bare word, which may hold anything but spaces at its ends, commas
 and parentheses. Nothing is evaluated.
@@ -19,7 +20,7 @@ import inspect
 import math
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any
 
@@ -146,7 +147,22 @@ class _Parser:
         else:
             what = f"{name!r} would run code. If you trust it, give the reward yourself"
             raise self.error(what, at=start)
-        return _build(name, entry, self.options() if self.take("(") else {})
+        if not self.take("("):
+            return _build(name, entry, {})
+        members = self.members() if getattr(entry, "takes_rewards", False) else []
+        return _build(name, entry, self.options(), members)
+
+    def members(self) -> list[Reward]:
+        """The rewards that stand before the options of a reward made of rewards."""
+        found: list[Reward] = []
+        while self.peek() not in ("", ")") and not _KEY.match(self.text, self.at):
+            start, member = self.at, self.expression()
+            if isinstance(member, float):
+                raise self.error("expected a reward, not a number", at=start)
+            found.append(member)
+            if not self.take(",") and self.peek() != ")":
+                raise self.error("expected , or )")
+        return found
 
     def options(self) -> dict[str, tuple[str, bool]]:
         """key -> (text, was quoted), up to and with the closing parenthesis."""
@@ -191,8 +207,13 @@ class _Parser:
         return OptionError(f"Cannot read the reward {self.text!r} {seen}: {what}.")
 
 
-def _build(name: str, entry: Any, given: Mapping[str, tuple[str, bool]]) -> Reward:  # noqa: ANN401
-    """The registered class or function with its options, read as their types."""
+def _build(
+    name: str,
+    entry: Any,  # noqa: ANN401
+    given: Mapping[str, tuple[str, bool]],
+    members: Sequence[Reward] = (),
+) -> Reward:
+    """The registered class or function with its members and options, read as their types."""
     known = _known_options(entry)
     for key in given:
         if key not in known:
@@ -201,7 +222,7 @@ def _build(name: str, entry: Any, given: Mapping[str, tuple[str, bool]]) -> Rewa
             raise unknown_name(f"option of the reward {name!r}:", key, known)
     options = {k: _read(f"{name}({k})", *v, known[k]) for k, v in given.items()}
     if isinstance(entry, type):
-        return entry(**options)
+        return entry(*members, **options)
     label = name.rpartition(":")[2]
     return FunctionReward(entry, name=label, spec=call_spec(name, options), options=options)
 

@@ -18,7 +18,7 @@ from steering.method import Method, Plan, build_method, default_costs
 from steering.model import Model, is_model
 from steering.recipe import writable_folder
 from steering.result import Result
-from steering.scoring import Reward, resolve_reward
+from steering.scoring import Reward, parts_of, resolve_reward
 from steering.task import Task
 
 
@@ -146,7 +146,7 @@ def _listed(value: object) -> list[object]:
 def _distinct(guide: Reward, verifiers: Sequence[Reward]) -> None:
     for verifier in verifiers:
         same = verifier is guide or (guide.spec is not None and verifier.spec == guide.spec)
-        if same:
+        if same or set(parts_of(verifier)) == set(parts_of(guide)):
             raise OptionError(
                 f"heldout={verifier.name!r} is the guiding reward itself: a verifier that the "
                 "search has seen proves nothing. Choose another one."
@@ -176,6 +176,7 @@ def _tasks(
     plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
     fitted = method.fit(plan)
     _check_gradient(model, fitted, reward)
+    _check_law(fitted, reward)
     return [
         Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
         for i, text in enumerate(model.prompts)
@@ -185,12 +186,24 @@ def _tasks(
 def _check_gradient(model: Model, method: Method, reward: Reward) -> None:
     if not method.needs_gradient:
         return
-    if not reward.differentiable:
+    # A method may estimate the reward's slope and differentiate the network alone.
+    if getattr(method, "differentiates_reward", True) and not reward.differentiable:
         raise no_gradient(method.name, reward.name)
     if not model.dtype.is_floating_point:
         raise OptionError(
             f"Method {method.name!r} needs gradients, and the states of {model.name!r} are "
             "integers. Use a method that needs none."
+        )
+
+
+def _check_law(method: Method, reward: Reward) -> None:
+    """A law p(x) exp(reward_scale r(x)) needs an r that is a function of x."""
+    if method.target == "tilted" and not getattr(reward, "stationary", True):
+        raise OptionError(
+            f"Method {method.name!r} samples p(x) exp(reward_scale r(x)), but the reward "
+            f"{reward.name!r} of a sample changes with the other samples of the call, so the law "
+            "would be another one at every step. Give it fixed constants (zsum(..., "
+            "calibration=FILE)), or take a method that looks for a maximum, such as best_of_n."
         )
 
 

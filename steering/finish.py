@@ -19,7 +19,7 @@ from steering.model import Model
 from steering.recipe import Recipe, describe_value
 from steering.requests import Outcome, Request, Score
 from steering.result import Result
-from steering.scoring import Reward, labels, score
+from steering.scoring import Reward, heldout_labels, score
 from steering.task import Best, Task
 
 
@@ -85,7 +85,8 @@ class Finisher:
         prompt, whose pictures are kept; memory is handled as in the search."""
         found: list[dict[str, Tensor]] = [{} for _ in outcomes]
         rows = [(i, o) for i, o in enumerate(outcomes) if o is not None]
-        for name, verifier in zip(labels(self.verifiers), self.verifiers, strict=True):
+        names = heldout_labels(self.tasks[0].reward, self.verifiers)
+        for name, verifier in zip(names, self.verifiers, strict=True):
             # Tasks of their own: a verifier's calls must not count as the search's.
             judged = [
                 replace(self.tasks[i], reward=verifier, ledger=Ledger(), best=Best())

@@ -100,6 +100,33 @@ def labels(rewards: Sequence[Reward]) -> list[str]:
     return [k if keys.count(k) == 1 else f"{k}#{keys[:i].count(k)}" for i, k in enumerate(keys)]
 
 
+def parts_of(reward: object) -> dict[object, str]:
+    """What a reward measures -> the name of it, for every component that has a weight.
+
+    Equal measures with another unit (scale, precision) are one.
+    """
+    terms = getattr(reward, "terms", None)
+    if terms is not None:
+        return {k: v for weight, part in terms if weight for k, v in parts_of(part).items()}
+    measures = getattr(reward, "measures", None) or getattr(reward, "spec", None)
+    return {measures or id(getattr(reward, "fn", reward)): str(getattr(reward, "name", reward))}
+
+
+def searched(guide: object, verifier: object) -> list[str]:
+    """Names of the components of a verifier that the search has seen."""
+    seen = parts_of(guide)
+    return [name for key, name in parts_of(verifier).items() if key in seen]
+
+
+def heldout_labels(guide: Reward, verifiers: Sequence[Reward]) -> list[str]:
+    """`labels` of verifiers; one that shares a component with the guiding reward says so."""
+    shared = [searched(guide, verifier) for verifier in verifiers]
+    return [
+        f"{label} (searched: {', '.join(names)})" if names else label
+        for label, names in zip(labels(verifiers), shared, strict=True)
+    ]
+
+
 def check_scores(scores: object, name: str, n: int, where: str) -> Scores:
     """Raises where the values cannot be used as rewards of n images."""
     if not isinstance(scores, Scores):
