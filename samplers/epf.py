@@ -56,6 +56,8 @@ class EPF(Sampler):
             and aims at a flatter law, without a normaliser.
         lookahead: "apf" asks the network once more per particle and checkpoint, at the noise
             level of the next one, reached along the ODE, and resamples by what it will be worth.
+        defence: share of eta that is its mean, in [0, 1]. At 0 a particle whose look-ahead was
+            too low keeps an unbounded weight, which costs more than the look-ahead brings.
         resample: "always" at a checkpoint (the paper), or "ess" below the threshold only.
         resampler: a scheme of steering.resampling.
     """
@@ -68,6 +70,7 @@ class EPF(Sampler):
     early_phase: float = 0.5
     correct: bool = True
     lookahead: Literal["none", "apf"] = "none"
+    defence: float = 0.5
     resample: Literal["always", "ess"] = "always"
     resampler: str = "systematic"
     eta: float = 1.0
@@ -90,7 +93,7 @@ class EPF(Sampler):
             raise OptionError(f"epf: n_particles must be at least 1, got {self.n_particles}.")
         if not all(0.0 <= f < 1.0 for f in self.checkpoints):
             raise OptionError(f"epf: checkpoints are shares in [0, 1), got {self.checkpoints}.")
-        for name in ("ess_threshold", "early_phase"):
+        for name in ("ess_threshold", "early_phase", "defence"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise OptionError(f"epf: {name} must lie in [0, 1], got {getattr(self, name)}.")
         scheme(self.resampler)
@@ -128,8 +131,8 @@ class EPF(Sampler):
             if i in after:
                 rho = yield from preview(ctx, prediction.x0, self.reward_scale, i)
                 state = state.set_potential(rho)
-                log_eta = yield from self._log_eta(ctx, state, i, after[i])
-                state = yield from self._resample(ctx, state, log_eta, i)
+                ahead = yield from self._ahead(ctx, state, i, after[i])
+                state = yield from self._resample(ctx, state, ahead, i)
             assert state.prediction is not None
             x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
             state = replace(state, x=x, prediction=None)
@@ -149,29 +152,38 @@ class EPF(Sampler):
             slots=torch.arange(len(state)),
         )
 
-    def _log_eta(
+    def _ahead(
         self, ctx: Context, state: State, i: int, j: int
-    ) -> Generator[Request, Any, Tensor]:
-        """Guess of the next change of the potential, [n]: the reward of the estimate of x0 at
-        node j, reached from step i along the ODE."""
+    ) -> Generator[Request, Any, Tensor | None]:
+        """Guess of the potential at node j, [n]: its estimate of x0, reached along the ODE."""
         if self.lookahead == "none":
-            return torch.zeros_like(state.phi)
+            return None
         t, u = ctx.grid.times[i], ctx.grid.times[j]
         # The ODE keeps the noise at u's level; the mean of a random step would have too little.
         assert state.prediction is not None
         x = ctx.move(state.x, state.prediction, t, u, ODE, step=i, stream="lookahead")
         prediction = yield Denoise(x, u)
-        ahead = yield from preview(ctx, prediction.x0, self.reward_scale, i)
-        return ahead - state.phi
+        return (yield from preview(ctx, prediction.x0, self.reward_scale, i))
+
+    def _log_eta(self, state: State, ahead: Tensor) -> Tensor:
+        """ln of the modulation, [n]: the change to come, diluted by its mean."""
+        log_eta = ahead - state.phi
+        mean = torch.logsumexp(torch.log_softmax(state.log_w, 0) + log_eta, 0)
+        kept, plain = torch.tensor([1.0 - self.defence, self.defence]).double().log()
+        return torch.logaddexp(kept + log_eta, plain + mean)
 
     def _resample(
-        self, ctx: Context, state: State, log_eta: Tensor, i: int
+        self, ctx: Context, state: State, ahead: Tensor | None, i: int
     ) -> Generator[Request, Any, State]:
-        n, log_p = len(state), state.log_w + log_eta
-        size, u = ess(log_p), i / len(ctx.grid)
+        n, u, scale = len(state), i / len(ctx.grid), self.reward_scale or 1.0
+        info: dict[str, Any] = {"checkpoint": i, "rewards": state.phi / scale}
+        log_p = state.log_w
+        if ahead is not None:
+            log_p = log_p + self._log_eta(state, ahead)
+            info |= {"ahead": ahead / scale}
+        size = ess(log_p)
         tau = temperature(normalise(log_p), u, self.anneal, self.ess_threshold, self.early_phase)
-        info = {"ess": size, "tau": tau, "checkpoint": i}
-        info["rewards"] = state.phi / (self.reward_scale or 1.0)
+        info |= {"ess": size, "tau": tau}
         if self.resample == "always" or size < self.ess_threshold * n:
             p, mean = normalise(log_p / tau), log_mean_exp(state.log_w)
             key = ctx.key("resample", i)
