@@ -1,0 +1,261 @@
+"""`steer geneval`: images for a list of prompts, their verdicts, and a report on several runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from steering.errors import OptionError, SteeringError
+
+if TYPE_CHECKING:
+    from steering.apps.geneval_run import Settings
+    from steering.stickers.grammar import Metadata
+
+app = typer.Typer(
+    help="GenEval: make images for prompts, score them, report on runs.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+console = Console(stderr=True)
+
+STICKERS = "stickers"
+UNSTEERED = "unsteered"
+Detector = Annotated[
+    str | None,
+    typer.Option("--detector", help="stickers, mask2former, mask2former=FOLDER or detr=FOLDER."),
+]
+Colors = Annotated[
+    str | None, typer.Option("--colors", help="stickers, clip or clip=MODEL:PRETRAINED.")
+]
+Heldout = Annotated[
+    list[str] | None, typer.Option("--heldout", help="Reward that scores but never guides.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option("--out", help="Folder of this run.")],
+    model: Annotated[str, typer.Option("--model", help="'stickers', folder, hub id.")] = STICKERS,
+    method: Annotated[
+        str, typer.Option("--method", help="See `steer methods`; 'unsteered' is one sample.")
+    ] = "fk",
+    reward: Annotated[str, typer.Option("--reward", help="Guiding reward.")] = "clip",
+    heldout: Heldout = None,
+    nfe: Annotated[int | None, typer.Option("--nfe", help="Network rows of one image.")] = None,
+    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt")] = 4,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", help="A file like GenEval's evaluation_metadata.jsonl."),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", help="Only so many prompts, spread over the list.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value: an option of the method, or of the pipeline call."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Another try for images given up.")
+    ] = False,
+    engine: Annotated[str, typer.Option("--engine", help="local or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a Ray cluster; none starts one here.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Ray workers; one per GPU, or one.")
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option("--max-batch")] = None,
+    dtype: Annotated[str, typer.Option("--dtype")] = "auto",
+    device: Device = None,
+    score: Annotated[bool, typer.Option("--score/--no-score", help="Score at the end.")] = True,
+    detector: Detector = None,
+    colors: Colors = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make images for every prompt, then score them and write a result card."""
+    from steering.apps.geneval_folder import look
+    from steering.apps.geneval_run import Settings
+
+    records, source = _prompts(prompts, model, n)
+    method, options, call = _split(method, settings or [])
+    wanted = Settings(
+        model=model, dtype=dtype, device=device, method=method, options=options, call=call,
+        reward=reward, heldout=tuple(heldout or ()), nfe=nfe, seed=seed, max_batch=max_batch,
+        images_per_prompt=images_per_prompt,
+    )  # fmt: skip
+    if engine not in ("local", "ray"):
+        raise OptionError(f"--engine {engine!r}: give local or ray.")
+    with _workers(wanted, engine, address, workers) as (opened, samples):
+        _make(out, wanted, opened, samples, records, source, resume, retry)
+    for key, error in look(out).quarantined.items():
+        console.print(f"Given up after two tries: prompt {key[0]}, image {key[1]}: {error}")
+    if score:
+        _score(out, detector, colors, heldout, False, device)
+        report([out], as_json=as_json)
+    elif as_json:
+        typer.echo(json.dumps({"out": str(out), "images": len(look(out).samples)}))
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="A run, or images in GenEval's layout.")],
+    detector: Detector = None,
+    colors: Colors = None,
+    heldout: Heldout = None,
+    again: Annotated[bool, typer.Option("--again", help="Forget earlier verdicts.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score the images of a folder; those that have a verdict are skipped."""
+    done = _score(folder, detector, colors, heldout, again, device)
+    if as_json:
+        problems = {"unreadable": done.unreadable, "missing": done.contents.missing}
+        typer.echo(json.dumps({"new": done.new, "known": done.known, **problems}))
+    if done.unreadable or done.contents.missing:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Scored folders; the first is the base.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also a page with plots and images.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a table, write card.json into each folder, and a comparison page."""
+    from steering.apps.geneval_page import write_page
+    from steering.apps.geneval_report import open_scored, tabulate, warnings, write_card
+
+    runs = [(scored, write_card(scored)[1]) for scored in map(open_scored, folders)]
+    console.print(tabulate([(scored.name, found) for scored, found in runs]))
+    for scored, found in runs:
+        for word in warnings(found):
+            console.print(f"{scored.name}: {word}", markup=False)
+    if html is not None:
+        console.print(f"Page: {write_page(runs, html)}")
+    if as_json:
+        typer.echo(json.dumps({scored.name: found for scored, found in runs}))
+
+
+def _prompts(given: str | None, model: str, n: int | None) -> tuple[list[Metadata], str]:
+    """(records, where they are from): a file's, or the sticker set."""
+    from steering.rewards.geneval import read_prompts
+    from steering.stickers import parse
+    from steering.stickers import prompts as sticker_prompts
+
+    if given is None and not model.startswith(STICKERS):
+        raise OptionError(
+            "Give --prompts FILE, a list such as GenEval's evaluation_metadata.jsonl."
+        )
+    if given in (None, STICKERS):
+        records, source = [parse(p) for p in sticker_prompts("heldout", n=553)], STICKERS
+    else:
+        records, source = read_prompts(str(given)), Path(str(given)).name
+    if n is not None:
+        if not 1 <= n <= len(records):
+            raise OptionError(f"--n {n}: give 1 to {len(records)}.")
+        records = [records[k * len(records) // n] for k in range(n)]
+    return records, source
+
+
+def _split(method: str, settings: list[str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(method, its options, arguments of the pipeline call)."""
+    from steering.apps.jobs import parse_settings
+    from steering.registry import METHODS
+
+    values = parse_settings(settings)
+    if method == UNSTEERED:
+        method, values = "best_of_n", {"n": 1, **values}
+    known = {f.name for f in dataclasses.fields(METHODS.get(method.partition("/")[0]))}
+    options = {k: v for k, v in values.items() if k in known}
+    return method, options, {k: v for k, v in values.items() if k not in known}
+
+
+@contextmanager
+def _workers(
+    settings: Settings, engine: str, address: str | None, workers: int | None
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(what the opened model says of itself, results for jobs)."""
+    if engine == "ray":
+        from steering.apps.cluster import Cluster
+
+        with Cluster(settings, address=address, workers=workers) as cluster:
+            yield cluster.describe(), cluster.samples
+        return
+    from steering.apps.geneval_run import Worker
+
+    worker = Worker(settings)
+    yield worker.describe(), worker.samples
+
+
+def _make(
+    out: Path,
+    settings: Settings,
+    opened: dict[str, Any],
+    samples: Any,  # noqa: ANN401
+    records: list[Metadata],
+    source: str,
+    resume: bool,
+    retry: bool,
+) -> None:
+    from steering.apps.geneval_run import make, run_json
+    from steering.apps.geneval_store import Store
+
+    recipe = run_json(settings, opened, records, source)
+    with Store(out, recipe, records, resume=resume, retry=retry) as store:
+        try:
+            make(store, samples)
+        except KeyboardInterrupt:
+            console.print(f"Stopped with {len(store.done)} images; go on with --resume.")
+            raise typer.Exit(130) from None
+
+
+def _score(
+    folder: Path,
+    detector: str | None,
+    colors: str | None,
+    heldout: list[str] | None,
+    again: bool,
+    device: str | None,
+) -> Any:  # noqa: ANN401
+    """Scores a folder and says what is wrong with it."""
+    from steering.apps.geneval_folder import look
+    from steering.apps.geneval_score import adapted, embedder, score_folder
+    from steering.rewards.geneval_colors import Scorer, open_colors
+    from steering.rewards.geneval_detectors import open_detector
+
+    gc.collect()  # the pipeline, whose room the detector may need
+    run = look(folder).run or {}
+    ours = str(run.get("model", {}).get("source")).startswith(STICKERS)
+    detector = detector or (STICKERS if ours else "mask2former")
+    colors = colors or (STICKERS if detector == STICKERS else "clip")
+    judges = Scorer(open_detector(detector, device=device), open_colors(colors, device=device))
+    names = run.get("heldout", []) if heldout is None else heldout
+    verifiers = adapted(names, run, device)
+    embed, embed_name = embedder(judges, device)
+    done = score_folder(
+        folder, judges, heldout=verifiers, embed=embed, embed_name=embed_name, again=again
+    )
+    for title, lines in (
+        ("cannot be read", done.unreadable),
+        ("missing", done.contents.missing),
+        ("ignored: no image of this run", done.contents.extra),
+    ):
+        if lines:
+            console.print(f"{len(lines)} {title}: {'; '.join(lines[:5])}", markup=False)
+    if not done.new and not done.known:
+        raise SteeringError(f"{folder}: not one image could be scored.")
+    return done
