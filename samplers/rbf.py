@@ -279,7 +279,7 @@ class RBF(Sampler):
         best, level, quota = _best(stands), chain.level, chain.quota
         chain.note(stands, best)
         passed = self._passes(best.reward, chain.bar)
-        info = {"level": level, "quota": quota, "used": chain.used, "rewards": best.reward}
+        info = {"level": level, "quota": quota, "used": chain.used, "reward": best.reward}
         if passed:
             chain.bar = best.reward
         if level < chain.quotas.last:
@@ -291,7 +291,8 @@ class RBF(Sampler):
                 chain.advance(to, early=False)
                 if self.bar == "level":
                     chain.bar = to.reward
-        return {**info, "accepted": passed, "moved": chain.level > level, "bar": chain.bar}
+        moved, stand = chain.level > level, chain.stand.reward
+        return {**info, "accepted": passed, "moved": moved, "bar": chain.bar, "stand": stand}
 
     def _passes(self, reward: float, bar: float) -> bool:
         wanted = bar + self.margin
