@@ -8,18 +8,23 @@ with an unbiased normaliser. Every other method must beat it at equal cost.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from steering.errors import OptionError
+from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
+from steering.model import Model
 from steering.particles import log_mean_exp, normalise
+from steering.paths import Time
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
 from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
+from steering.samplers.guidance import Guide, as_guide, check_weighed
+from steering.samplers.twists import require_gaussian
 
 _CHUNK = 16
 """Samples decoded together: pictures that do not win are not kept."""
@@ -35,13 +40,16 @@ class BestOfN(Sampler):
         select: "argmax" keeps the best, "top_k" the k best, "soft" draws k with weights
             exp(reward_scale r), "all" returns every sample with these weights.
         k: how many samples "top_k" and "soft" return.
-        reward_scale: of "soft" and "all"; None as in `fk`.
+        reward_scale: of "soft", "all" and guidance; None as in `fk`.
+        guidance: a `Guide`, its options or the name of its preset: every sample leans towards
+            reward by its gradient. "soft" and "all" correct their weights by the densities.
     """
 
     n: int | None = None
     select: Literal["argmax", "top_k", "soft", "all"] = "argmax"
     k: int = 1
     reward_scale: float | None = None
+    guidance: Guide | str | dict[str, Any] | None = None
 
     name: ClassVar[str] = "best_of_n"
     summary: ClassVar[str] = "N independent samples, keep the best"
@@ -52,6 +60,7 @@ class BestOfN(Sampler):
     anytime: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", as_guide(self.guidance))
         super().__post_init__()
         check_scale("best_of_n", self.reward_scale)
         if self.n is not None and self.n < 1:
@@ -60,10 +69,32 @@ class BestOfN(Sampler):
             raise OptionError(f"best_of_n: k must lie in 1..n, got k={self.k}, n={self.n}.")
         if self.k > 1 and self.select in ("argmax", "all"):
             raise OptionError(f"best_of_n: k={self.k} needs select='top_k' or 'soft'.")
+        if self.guide is not None:
+            if self.weighed:
+                check_weighed("best_of_n", self.guide, self.kernel())
+            object.__setattr__(self, "needs_gradient", self.guide.differentiates)
+
+    @property
+    def guide(self) -> Guide | None:
+        """``guidance`` as ``__post_init__`` read it."""
+        return self.guidance  # type: ignore[return-value]
+
+    @property
+    def weighed(self) -> bool:
+        """Whether samples carry weights."""
+        return self.select in ("soft", "all")
+
+    def levels(self, model: Model) -> Grid:
+        if self.guide is not None:
+            require_gaussian("best_of_n with guidance", model)
+        return super().levels(model)
 
     def cost(self, plan: Plan) -> Cost:
-        n = self.n or 1
-        return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
+        n, guide = self.n or 1, self.guide
+        nfe, calls = guide.extra(plan, weighed=self.weighed) if guide else (0, 0)
+        return Cost(
+            nfe=n * (plan.trajectory + nfe), decodes=n * (calls + 1), reward_calls=n * (calls + 1)
+        )
 
     def fit(self, plan: Plan) -> BestOfN:
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
@@ -77,12 +108,17 @@ class BestOfN(Sampler):
         """x ~ p_T; x_u ~ p(x_u | x_t); score what comes out."""
         assert self.n is not None
         x, kernel = ctx.noise(self.n), self.kernel()
+        ratio = torch.zeros(self.n, dtype=torch.float64)
         for i, (t, u) in enumerate(ctx.grid.steps()):
-            prediction = yield Denoise(x, t)
-            x = ctx.move(x, prediction, t, u, kernel, step=i)
+            if self.guide is None:
+                prediction = yield Denoise(x, t)
+                x = ctx.move(x, prediction, t, u, kernel, step=i)
+            else:
+                x, more = yield from self._guided(ctx, x, t, u, i)
+                ratio = ratio + more.to(ratio.device)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
         images, reward = yield from self._score(x)
-        chosen, log_w, log_z = self._choose(ctx, reward)
+        chosen, log_w, log_z = self._choose(ctx, reward, ratio)
         yield Progress(step=len(ctx.grid), of=len(ctx.grid), info={"rewards": reward})
         return Outcome(
             x0=x[chosen.to(x.device)],
@@ -92,6 +128,14 @@ class BestOfN(Sampler):
             log_z=log_z,
             slots=chosen,
         )
+
+    def _guided(self, ctx: Context, x: Tensor, t: Time, u: Time, i: int) -> Run:
+        """(x_u, log base density - log density of the guided step)."""
+        assert self.guide is not None
+        assert self.reward_scale is not None  # fit() has set it
+        weighed, scale = self.weighed, self.reward_scale
+        step = self.guide.step(ctx, x, t, u, i, self.kernel(), scale, weighed=weighed)
+        return (yield from step)  # type: ignore[return-value]
 
     def _score(self, x: Tensor) -> Run:
         """Rewards of all samples and the pictures that can still be chosen."""
@@ -108,12 +152,14 @@ class BestOfN(Sampler):
             images = {k: images[k] for k in best}
         return images, torch.cat(rewards)  # type: ignore[return-value]
 
-    def _choose(self, ctx: Context, reward: Tensor) -> tuple[Tensor, Tensor, float | None]:
+    def _choose(
+        self, ctx: Context, reward: Tensor, ratio: Tensor
+    ) -> tuple[Tensor, Tensor, float | None]:
         """(indices, log weights, ln Z) of the samples to return; ties go to the first."""
         if self.select in ("argmax", "top_k"):
             chosen = reward.argsort(descending=True, stable=True)[: self.k]
             return chosen, torch.zeros(len(chosen), dtype=torch.float64), None
-        log_w = tilt(reward, self.reward_scale)
+        log_w = tilt(reward, self.reward_scale) + ratio
         if self.select == "all":
             return torch.arange(len(reward)), log_w, log_mean_exp(log_w)
         chosen = multinomial(normalise(log_w), self.k, ctx.key("select"))

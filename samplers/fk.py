@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
+from steering.model import Model
 from steering.particles import State, ess, log_mean_exp, resample
 from steering.paths import Time
 from steering.registry import METHODS
@@ -31,6 +32,8 @@ from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import scheme
 from steering.samplers.base import Sampler, afford, check_scale, lift, tilt, within_budget
 from steering.samplers.fk_authors import run_authors
+from steering.samplers.guidance import Guide, as_guide, check_weighed
+from steering.samplers.twists import require_gaussian
 
 Potential = Callable[[Tensor], Tensor]
 """rho [m, n] at the m checkpoints so far -> cumulative log potential [n]."""
@@ -63,6 +66,8 @@ class FK(Sampler):
         n_draws: look-ahead samples per particle; their potential is log mean exp(rho).
         mode: "exact", or "authors" for the behaviour of the published code (its weights are
             dropped when ESS is high and its last correction is of an estimate).
+        guidance: a `Guide`, its options or the name of its preset: proposals lean towards reward
+            by its gradient, and the weights take the ratio of the densities in.
     """
 
     n_particles: int | None = None
@@ -76,6 +81,7 @@ class FK(Sampler):
     lookahead: int = 0
     n_draws: int = 1
     mode: Literal["exact", "authors"] = "exact"
+    guidance: Guide | str | dict[str, Any] | None = None
     eta: float = 1.0
 
     name: ClassVar[str] = "fk"
@@ -95,6 +101,7 @@ class FK(Sampler):
     }
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", as_guide(self.guidance))
         super().__post_init__()
         if self.n_particles is not None and self.n_particles < 1:
             raise OptionError(f"fk: n_particles must be at least 1, got {self.n_particles}.")
@@ -114,6 +121,21 @@ class FK(Sampler):
         scheme(self.resampler)
         check_scale("fk", self.reward_scale)
         self._check_stochastic()
+        if self.guide is not None:
+            check_weighed("fk", self.guide, self.kernel())
+            if self.mode == "authors":
+                raise OptionError("fk: mode='authors' knows no guidance.")
+            object.__setattr__(self, "needs_gradient", self.guide.differentiates)
+
+    @property
+    def guide(self) -> Guide | None:
+        """``guidance`` as ``__post_init__`` read it."""
+        return self.guidance  # type: ignore[return-value]
+
+    def levels(self, model: Model) -> Grid:
+        if self.guide is not None:
+            require_gaussian("fk with guidance", model)
+        return super().levels(model)
 
     def _check_stochastic(self) -> None:
         many = self.n_particles is None or self.n_particles > 1
@@ -143,7 +165,8 @@ class FK(Sampler):
             return Cost(nfe=n * plan.trajectory, decodes=scored, reward_calls=scored)
         if self.potential == "none":
             steps = []
-        scored = n * self.n_draws * len(steps) + n
+        _, guided = self.guide.extra(plan, weighed=True) if self.guide else (0, 0)
+        scored = n * (self.n_draws * len(steps) + guided + 1)
         ahead = sum(sum(self._ahead_costs(plan, i)) for i in steps)
         nfe = n * plan.trajectory + n * self.n_draws * ahead
         return Cost(nfe=nfe, decodes=scored, reward_calls=scored)
@@ -172,16 +195,18 @@ class FK(Sampler):
         state, kernel, grid = State.start(ctx.noise(self.n_particles)), self.kernel(), ctx.grid
         checkpoints, history = self.checkpoint_steps(grid), torch.zeros(0, len(state)).double()
         for i, (t, u) in enumerate(grid.steps()):
-            prediction = yield Denoise(state.x, t)
-            state = replace(state, prediction=prediction)
+            state = yield from self._ask(ctx, state, t, i)
             if i in checkpoints and self.potential != "none":
                 rho = yield from self._rho(ctx, state, i)
                 history = torch.cat([history, rho[None]])
                 state = state.set_potential(self._potential(history))
                 state, history = yield from self._resample(ctx, state, history, i)
             assert state.prediction is not None
-            x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
-            state = replace(state, x=x, prediction=None)
+            if self.guide is None:
+                x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
+                state = replace(state, x=x, prediction=None)
+            else:
+                state = self.guide.advance(ctx, state, t, u, i, kernel)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
         images = yield Decode(state.x)
         scores = yield Score(images, state.x, final=True)
@@ -198,6 +223,13 @@ class FK(Sampler):
             log_z=log_mean_exp(state.log_w),
             slots=torch.arange(len(state)),
         )
+
+    def _ask(self, ctx: Context, state: State, t: Time, i: int) -> Run:
+        """The state with the network's answer and, where steps are guided, its gradient."""
+        if self.guide is not None:
+            assert self.reward_scale is not None  # fit() has set it
+            return (yield from self.guide.attach(ctx, state, t, i, self.reward_scale))  # type: ignore[return-value]
+        return replace(state, prediction=(yield Denoise(state.x, t)))  # type: ignore[return-value]
 
     def _potential(self, history: Tensor) -> Tensor:
         rule = POTENTIALS[self.potential] if isinstance(self.potential, str) else self.potential

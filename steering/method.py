@@ -161,7 +161,9 @@ def method_options(method: Method) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401
-    """An option value with tuples as the lists that JSON has."""
+    """An option value with tuples as the lists that JSON has, and nested options as objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [plain(v) for v in value]
     return value
