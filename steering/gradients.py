@@ -99,7 +99,7 @@ class Graphs:
             names = [f.name for f in fields(value)]
             return type(value)(**{k: self._sealed(getattr(value, k)) for k in names})
         if isinstance(value, Scores):
-            parts = {k: v.detach() for k, v in value.parts.items()}
+            parts = {k: self._sealed(v) for k, v in value.parts.items()}
             return replace(value, value=self._sealed(value.value), parts=parts)
         return value
 

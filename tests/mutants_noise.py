@@ -1,0 +1,66 @@
+"""Mutants of the methods that optimise noise."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+NOISE = "tests/test_noise_optimisation.py"
+
+MUTANTS = (
+    Mutant(
+        "radius penalty with the wrong sign",
+        "samplers/regularisers.py",
+        "0.5 * norm.square() - (flat.shape[1] - 1) * norm.log()",
+        "(flat.shape[1] - 1) * norm.log() - 0.5 * norm.square()",
+        (f"{NOISE}::test_radius_is_smallest_at_its_typical_value_and_rises_on_both_sides",),
+    ),
+    Mutant(
+        "penalty pushes instead of pulling",
+        "samplers/noise_optimisation.py",
+        "g + self.reg_weight * p.reshape",
+        "g - self.reg_weight * p.reshape",
+        (f"{NOISE}::test_the_radius_penalty_holds_the_noise_where_the_reward_pulls_it_away",),
+    ),
+    Mutant(
+        "descent instead of ascent",
+        "samplers/noise_optimisation.py",
+        "grads = [-s.to(z) for",
+        "grads = [s.to(z) for",
+        (f"{NOISE}::test_the_step_is_the_slope_of_the_whole_sampler",),
+    ),
+    Mutant(
+        "the last iterate is delivered",
+        "samplers/noise_optimisation.py",
+        "wins = self.reward > other.reward",
+        "wins = torch.ones_like(self.reward, dtype=torch.bool)",
+        (f"{NOISE}::test_the_best_iterate_is_delivered_not_the_last",),
+    ),
+    Mutant(
+        "clipping over the batch instead of per row",
+        "samplers/noise_optimisation.py",
+        "factor.reshape(-1, *[1] * (g.ndim - 1))",
+        "factor.min()",
+        (f"{NOISE}::test_clipping_is_per_row_and_joint_over_tensors",),
+    ),
+    Mutant(
+        "components clipped together",
+        "samplers/carinox.py",
+        "parts = self._components(scores.value, scores.parts)",
+        "parts = [self._scale * scores.value]",
+        (f"{NOISE}::test_components_are_clipped_apart",),
+    ),
+    Mutant(
+        "probability test without its covariance",
+        "samplers/regularisers.py",
+        "of_covariance.clamp_max(-_LN2)",
+        "of_covariance.clamp(-_LN2, -_LN2)",
+        (f"{NOISE}::test_probability_is_silent_on_noise_and_loud_on_what_is_none",),
+    ),
+    Mutant(
+        "one step too many differentiated",
+        "samplers/noise_optimisation.py",
+        "max(0, len(ctx.grid) - self.differentiate_last)",
+        "max(0, len(ctx.grid) - self.differentiate_last - 1)",
+        (f"{NOISE}::test_noise_before_the_differentiated_steps_stays",),
+    ),
+)
