@@ -40,7 +40,7 @@ class Bootstrap:
         self.tags = np.asarray(tags)
         self.present = [t for t in TAGS if (self.tags == t).any()]
         rng = np.random.default_rng(seed)
-        self.weights = np.zeros((resamples, len(self.tags)), np.float32)
+        self.weights = np.zeros((resamples, len(self.tags)), np.float64)
         for tag in self.present:
             rows = np.flatnonzero(self.tags == tag)
             drawn = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), resamples)
@@ -100,17 +100,14 @@ class Scored:
 
     def tally(self) -> tuple[np.ndarray, np.ndarray]:
         """Correct images and images of each prompt."""
-        correct = [sum(r["correct"] for r in self.images[i]) for i in self.prompts]
-        return np.array(correct, np.float32), np.array(
-            [len(self.images[i]) for i in self.prompts], np.float32
-        )
+        return _tally(self, self.prompts)
 
     def number(self, values: dict[int, list[float]]) -> dict[str, float] | None:
         """The mean of numbers of images, with its interval; None where there are none."""
         if not any(values.values()):
             return None
-        total = np.array([sum(values.get(i, ())) for i in self.prompts], np.float32)
-        count = np.array([len(values.get(i, ())) for i in self.prompts], np.float32)
+        total = np.array([sum(values.get(i, ())) for i in self.prompts], np.float64)
+        count = np.array([len(values.get(i, ())) for i in self.prompts], np.float64)
         return interval(self.bootstrap.micro(total, count))
 
 
@@ -144,7 +141,7 @@ def card(scored: Scored) -> dict[str, Any]:
     """The result card: scores with 95 % intervals, costs, and all it takes to repeat them."""
     contents, run = scored.contents, scored.contents.run or {}
     boot, (correct, count) = scored.bootstrap, scored.tally()
-    hit, one = (correct > 0).astype(np.float32), np.ones_like(count)
+    hit, one = (correct > 0).astype(np.float64), np.ones_like(count)
     tags = {
         tag: {
             **interval(boot.micro(correct, count, tag)),
@@ -238,12 +235,7 @@ def paired(first: Scored, second: Scored) -> dict[str, Any]:
         raise OptionError(f"{first.name} and {second.name} have no prompt in common.")
     boot = Bootstrap([a[i]["tag"] for i in common])
 
-    def shares(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
-        correct = [sum(r["correct"] for r in scored.images[i]) for i in common]
-        count = [len(scored.images[i]) for i in common]
-        return np.array(correct, np.float32), np.array(count, np.float32)
-
-    one, two = shares(first), shares(second)
+    one, two = _tally(first, common), _tally(second, common)
     return {
         "prompts": len(common),
         "macro": interval(boot.macro(*two) - boot.macro(*one)),
@@ -289,6 +281,12 @@ def cost(found: dict[str, Any], key: str) -> str:
     """A cost of an image as text."""
     value = (found["cost"] or {}).get(key)
     return "-" if value is None else f"{value:.4g}"
+
+
+def _tally(scored: Scored, prompts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [scored.images[i] for i in prompts]
+    correct = [sum(r["correct"] for r in images) for images in rows]
+    return np.array(correct, np.float64), np.array([len(images) for images in rows], np.float64)
 
 
 def _reward(scored: Scored) -> dict[str, float] | None:

@@ -64,12 +64,14 @@ class Journal:
         new = list(rows)
         data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in new).encode()
         try:
-            with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            # Unbuffered: a buffer would try again to write what it holds when it is closed.
+            with self.path.open("r+b" if self.path.exists() else "wb", buffering=0) as file:
                 file.truncate(self._size)
                 file.seek(self._size)
                 try:
-                    file.write(data)
-                    file.flush()
+                    left = memoryview(data)
+                    while left:
+                        left = left[file.write(left) :]
                     os.fsync(file.fileno())
                 except OSError:
                     file.truncate(self._size)
