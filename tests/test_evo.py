@@ -58,8 +58,8 @@ def test_mutated_noise_follows_the_law_of_noise(beta: float) -> None:
     method = Evo(n_particles=1000, schedule=(0.0,), elites=0, tournament=0.0, beta=beta)
     model = bell(steps=2, dims=16)
     found = children(model, method, 0)
-    assert errors(found, 0.0) < 5.0  # random parents repeat: measured up to 1.9
-    assert spread_errors(found, 0.0, 1.0) < 5.0  # measured up to 1.7
+    assert errors(found, 0.0) < 5.0  # random parents repeat: measured up to 2.0
+    assert spread_errors(found, 0.0, 1.0) < 5.0  # measured up to 0.4
     assert not torch.equal(found, model.at(0)[0])
 
 
@@ -105,8 +105,8 @@ def test_the_law_of_states_mutated_on_the_way(kind: str) -> None:
         assert abs(variance / v - 1) < (std / s) ** 4
     else:
         variance = v + std * std
-    assert errors(found, a * 0.5) < 5.0
-    assert spread_errors(found, a * 0.5, variance) < 5.0
+    assert errors(found, a * 0.5) < 5.0  # measured 0.2
+    assert spread_errors(found, a * 0.5, variance) < 5.0  # measured up to 1.8
     # The bound can tell the published rule from the law that should be kept.
     assert (spread_errors(found, a * 0.5, v) > 5.0) == (mutation == "additive")
 
@@ -117,7 +117,7 @@ def test_without_preference_the_law_is_the_models() -> None:
     model = line()
     found = children(model, method, 7)  # the last states before the data
     law = model.marginal(model.grid().times[7])
-    assert law.deviation(found) < 5.0
+    assert law.deviation(found) < 5.0  # measured 1.5
 
 
 # --- selection --------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_tournaments() -> None:
 
 def test_more_budget_comes_nearer_to_the_optimum() -> None:
     found = [mean_best(plane, "evo", nfe=nfe) for nfe in (80, 500, 3000)]
-    assert found == sorted(found)  # measured -0.5, -0.05 and -0.01
+    assert found == sorted(found)  # measured -0.40, -0.04 and -0.003
     assert found[-1] > -0.05
 
 

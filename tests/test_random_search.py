@@ -108,7 +108,7 @@ def test_a_good_sample_stops_the_rounds() -> None:
 
 def test_more_budget_comes_nearer_to_the_optimum() -> None:
     found = [mean_best(plane, "random_search", nfe=nfe) for nfe in (30, 300, 3000)]
-    assert found == sorted(found)  # measured -0.99, -0.24 and -0.05
+    assert found == sorted(found)  # measured -1.05, -0.24 and -0.04
     assert found[-1] > -0.1
 
 

@@ -187,8 +187,8 @@ def test_without_preference_states_follow_the_plain_sde(options: dict) -> None:
         found = torch.cat([x for t, x in model.asked if t == grid.times[node].t])
         assert found.shape == (60, 40)
         mean, variance = affine(single, method.kernel(), grid, node)
-        assert errors(found, mean) < 5.0  # measured up to 2.5
-        assert spread_errors(found, mean, variance) < 5.0  # measured up to 2.2
+        assert errors(found, mean) < 5.0  # measured up to 1.2
+        assert spread_errors(found, mean, variance) < 5.0  # measured up to 1.3
 
 
 @pytest.mark.parametrize("path", [VP(), Cosine(), Linear()])
@@ -303,7 +303,7 @@ def test_more_budget_comes_nearer_to_the_optimum() -> None:
         mean_best(plane, "rbf", nfe=nfe, options={"n_init": 4, "batch": 4})
         for nfe in (42, 120, 500)
     ]
-    assert found == sorted(found)  # measured -0.06, -0.02 and -0.01
+    assert found == sorted(found)  # measured -1.53, -0.04 and -0.01
     assert found[-1] > -0.03
 
 

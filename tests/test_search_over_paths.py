@@ -68,7 +68,7 @@ def test_without_preference_the_law_is_the_models(levels: dict) -> None:
     model = line()
     steer(model, constant, SearchOverPaths(n_particles=1500, n_neighbours=1, **levels))
     law = model.marginal(model.grid().times[7])
-    assert law.deviation(model.at(7)[-1]) < 5.0  # the last states before the data
+    assert law.deviation(model.at(7)[-1]) < 5.0  # measured up to 2.0
 
 
 def test_every_round_starts_from_the_states_that_scored_best() -> None:
@@ -141,7 +141,7 @@ def test_budgets_are_filled() -> None:
 
 def test_more_budget_comes_nearer_to_the_optimum() -> None:
     found = [mean_best(plane, "search_over_paths", nfe=nfe) for nfe in (40, 300, 2400)]
-    assert found == sorted(found)  # measured -0.8, -0.09 and -0.02
+    assert found == sorted(found)  # measured -0.71, -0.10 and -0.01
     assert found[-1] > -0.05
 
 

@@ -105,8 +105,8 @@ def test_neighbours_follow_the_law_of_noise() -> None:
     steer(model, constant, ZeroOrder(n_neighbours=1, rounds=1), seed=list(range(400)))
     neighbours = torch.cat(model.at(0)[1:])
     assert neighbours.shape == (400, 8)
-    assert errors(neighbours, 0.0) < 5.0  # measured 0.5
-    assert spread_errors(neighbours, 0.0, 1.0) < 5.0  # measured 0.9
+    assert errors(neighbours, 0.0) < 5.0  # measured 1.1
+    assert spread_errors(neighbours, 0.0, 1.0) < 5.0  # measured 0.4
 
 
 def test_the_best_of_all_rounds_is_kept() -> None:
@@ -174,16 +174,16 @@ def test_more_budget_comes_nearer_to_the_optimum(restart: str) -> None:
         method = ZeroOrder(rounds=rounds, restart=restart)
         results = repeated(wide, reward, method, 16)
         found.append(sum(r.best_reward for r in results) / 16)
-    assert found == sorted(found)  # measured -2.6, -1.2 and -0.4 for keep
+    assert found == sorted(found)  # measured -1.9, -0.7 and -0.2 for keep
     assert found[-1] > 0.3 * found[0]
 
 
 def test_new_pivots_leave_the_sphere() -> None:
     """In two dimensions the norm is half of the search: new pivots go on gaining."""
     fresh = [mean_best(plane, "zero_order", nfe=nfe) for nfe in (150, 1200)]
-    assert fresh[0] < fresh[1]  # measured -0.6 and -0.09
+    assert fresh[0] < fresh[1]  # measured -0.74 and -0.09
     stuck = mean_best(plane, "zero_order", nfe=1200, options={"restart": "keep"})
-    assert stuck < fresh[1] - 0.1  # measured -0.7
+    assert stuck < fresh[1] - 0.1  # measured -0.72
 
 
 def test_a_good_sample_stops_the_search() -> None:
