@@ -12,7 +12,8 @@ from steering.samplers.dts import DTS, DTSStar
 from steering.samplers.epf import EPF
 from steering.samplers.evo import Evo
 from steering.samplers.fk import FK
-from steering.samplers.guidance import Guidance, Guide
+from steering.samplers.guidance import Guidance
+from steering.samplers.guides import Guide
 from steering.samplers.parallel_tempering import ParallelTempering
 from steering.samplers.particle_gibbs import ParticleGibbs
 from steering.samplers.random_search import RandomSearch

@@ -354,8 +354,8 @@ class TreeSearch(Sampler):
             pictures |= dict(zip(part, images.detach().cpu(), strict=True))
         number = {leaf: k for k, leaf in enumerate(tree.leaves)}
         return Outcome(
-            x0=tree.stack(leaves),
-            images=torch.stack([pictures[leaf] for leaf in leaves]),
+            x0=tree.stack(leaves).to(ctx.model.device),
+            images=torch.stack([pictures[leaf] for leaf in leaves]).to(ctx.model.device),
             reward=torch.tensor([tree.reward[leaf] for leaf in leaves], dtype=torch.float64),
             log_w=log_w,
             log_z=log_z,
