@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steering.samplers.auto import Auto
 from steering.samplers.best_of_majority import BestOfMajority
 from steering.samplers.best_of_n import BestOfN
 from steering.samplers.carinox import CARINOX
@@ -18,6 +19,7 @@ from steering.samplers.parallel_tempering import ParallelTempering
 from steering.samplers.particle_gibbs import ParticleGibbs
 from steering.samplers.random_search import RandomSearch
 from steering.samplers.rbf import RBF
+from steering.samplers.reflect import Critique, Reflect
 from steering.samplers.reno import ReNO
 from steering.samplers.search_over_paths import SearchOverPaths
 from steering.samplers.svdd import SVDD
@@ -35,9 +37,11 @@ __all__ = [
     "RBF",
     "SVDD",
     "TDS",
+    "Auto",
     "BestOfMajority",
     "BestOfN",
     "CoDe",
+    "Critique",
     "DTSStar",
     "Evo",
     "Guidance",
@@ -46,6 +50,7 @@ __all__ = [
     "ParticleGibbs",
     "RandomSearch",
     "ReNO",
+    "Reflect",
     "SearchOverPaths",
     "Tree",
     "ZeroOrder",

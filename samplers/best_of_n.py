@@ -23,7 +23,7 @@ from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
 from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
-from steering.samplers.guidance import Guide, as_guide, check_weighed
+from steering.samplers.guides import Guide, as_guide, check_weighed
 from steering.samplers.twists import require_gaussian
 
 _CHUNK = 16

@@ -32,7 +32,7 @@ from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import scheme
 from steering.samplers.base import Sampler, afford, check_scale, lift, tilt, within_budget
 from steering.samplers.fk_authors import run_authors
-from steering.samplers.guidance import Guide, as_guide, check_weighed
+from steering.samplers.guides import Guide, as_guide, check_weighed
 from steering.samplers.twists import require_gaussian
 
 Potential = Callable[[Tensor], Tensor]

@@ -27,21 +27,21 @@ MUTANTS = (
         "steering/engine.py",
         "(Score, Decode, Denoise, Gradient)",
         "(Gradient, Score, Decode, Denoise)",
-        (f"{_TOGETHER}::test_tasks_at_different_paces_and_lengths", f"{_TOGETHER}"),
+        (f"{_TOGETHER}::test_the_fast_wait_for_the_slow_before_anything_is_differentiated",),
     ),
     Mutant(
         "gradients: a graph is freed that others hold",
         "steering/gradients.py",
         "keep = len(part) > 1 or outside or any(requests[k].retain for k in part)",
         "keep = False",
-        (f"{_TOGETHER}::test_memory_is_halved_and_graphs_wait_for_each_other", f"{_TOGETHER}"),
+        (_TOGETHER,),
     ),
     Mutant(
         "gradients: graphs are not bounded",
         "steering/gradients.py",
         "if wide[kind] and wide[kind] + rows > self.limits[kind]:",
         "if False:",
-        (f"{_TOGETHER}::test_rows_with_a_graph_are_bounded", f"{_TOGETHER}"),
+        (f"{_TOGETHER}::test_rows_alive_in_graphs_are_never_more_than_a_batch",),
     ),
     Mutant(
         "gradients: a method may differentiate by itself",
@@ -79,7 +79,7 @@ MUTANTS = (
         "            state, ancestors = resample("
         'state, scheme(self.resampler), ctx.key("resample", i))\n'
         "            state = replace(state, memory=old)",
-        _LAW,
+        ("tests/test_tds.py::test_after_resampling_every_particle_leans_by_its_own_gradient",),
     ),
     Mutant(
         "twists: the ratio of the densities is missing",

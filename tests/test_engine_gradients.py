@@ -162,6 +162,36 @@ def test_tasks_at_different_paces_and_lengths() -> None:
     same(run(Watched(4), methods), alone(methods))
 
 
+def test_the_fast_wait_for_the_slow_before_anything_is_differentiated() -> None:
+    methods = [Climb(chain=1), Climb(chain=3), Climb(delay=2)]
+    tasks = tasks_of(Watched(3), methods)
+    engine, passes = Engine(Watched(3)), []
+    real = engine.graphs._backward
+    engine.graphs._backward = lambda requests, keep: (
+        passes.append(len(requests)) or real(requests, keep)
+    )
+    engine.run(tasks)
+    same(tasks, alone(methods))
+    assert passes == [3] * 4
+
+
+def test_rows_alive_in_graphs_are_never_more_than_a_batch() -> None:
+    graphs: list[tuple[weakref.ref, int]] = []
+    most = []
+
+    class Counted(Watched):
+        def predict(self, x, t, *, cond=0, grad=False):
+            out = super().predict(x, t, cond=cond, grad=grad)
+            if grad:
+                graphs.append((weakref.ref(out.x0), len(x)))
+                most.append(sum(n for ref, n in graphs if ref() is not None))
+            return out
+
+    tasks = run(Counted(4), [Climb(n=3)] * 4, max_batch=4)
+    same(tasks, alone([Climb(n=3)] * 4))
+    assert max(most) == 3  # two tasks of three rows are in flight, and would make six
+
+
 @pytest.mark.parametrize("max_batch", [1, 3, 5])
 def test_rows_with_a_graph_are_bounded(max_batch: int) -> None:
     methods = [Climb(n=2, chain=1 + i % 2) for i in range(6)]

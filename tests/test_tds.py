@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -126,6 +127,23 @@ def test_what_a_particle_knows_moves_with_it() -> None:
     child = state.gather(torch.tensor([2, 2, 0, 1]))
     assert torch.equal(child.memory["slope"], 10.0 * child.x)
     assert torch.equal(child.memory["rho"], child.x[:, 0])
+
+
+def test_after_resampling_every_particle_leans_by_its_own_gradient() -> None:
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Checked(TDS):
+        def shift(self, ctx, state, temper, t, u, base):
+            leaf = state.x.clone().requires_grad_()
+            value = BOWL(ctx.model.posterior(leaf, t).x0).sum()
+            (slope,) = torch.autograd.grad(2.0 * value, leaf)
+            torch.testing.assert_close(state.memory["slope"], slope, rtol=1e-5, atol=1e-5)
+            seen.append(len(state.root.unique()))
+            return super().shift(ctx, state, temper, t, u, base)
+
+    steer(plane(), BOWL, Checked(n_particles=16, reward_scale=2.0, resample="always"))
+    assert seen[-1] < 16  # there were twins
 
 
 # --- limits ------------------------------------------------------------------------------------

@@ -1,0 +1,358 @@
+"""Training-free guidance: each step leans towards reward by its gradient at the estimate of x0.
+
+Ye et al. (2024), "TFG: unified training-free guidance for diffusion models", arXiv 2409.15761,
+whose settings include DPS (Chung et al. 2023), LGD-MC (Song et al. 2023), FreeDoM (Yu et al.
+2023), MPGD (He et al. 2023) and UGD (Bansal et al. 2023). With f = reward_scale * r and its
+smoothed form f~(y) = ln mean_j exp f(y + xi_j), a step from t to u is
+
+    pull = grad_{x_t} f~(x0_hat(x_t)), through the network           ("variance guidance")
+    lean = y - x0_hat after n_iter moves  y += mu_t grad_y f~(y)     ("mean guidance")
+    mean = base kernel at the estimate moved by lean, rho_t pull added to the score or the state
+
+A :class:`Guide` is these settings. It is a method of its own (`guidance`) and a modifier of
+others, which weigh by the ratio of the base density to the guided one where they keep weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steering.errors import OptionError, unknown_name
+from steering.grids import Grid
+from steering.method import Context, Plan, coerce
+from steering.particles import State
+from steering.paths import Prediction, Time
+from steering.requests import Decode, Denoise, Gradient, Request, Score
+from steering.samplers.twists import (
+    base_step,
+    check_positive,
+    clipped,
+    detached,
+    draw,
+    propose,
+    scored,
+    usable,
+)
+from steering.transitions import Step, Transition, renoise
+
+GUIDES: dict[str, dict[str, object]] = {
+    # Diffusion posterior sampling: the gradient divided by |f|, added to the state.
+    "dps": {"space": "state", "normalise": "value"},
+    # Loss-guided diffusion: the same with f averaged over noise of the size of the level.
+    "lgd": {"space": "state", "normalise": "value", "smoothing": 1.0, "n_draws": 4},
+    # FreeDoM: repeats every step after noising its result again.
+    "freedom": {"space": "state", "normalise": "unit", "recurrence": 2, "rho": 0.2},
+    # Manifold-preserving: one move of the estimate, no gradient through the network.
+    "mpgd": {"rho": 0.0, "mu": 1.0},
+    # Universal guidance: both moves change the score.
+    "ugd": {"mu": 1.0, "n_iter": 4, "keep_eps": False, "recurrence": 2},
+    # Defaults of the TFG authors' code, and their setting for style with SD1.5 and CLIP.
+    "tfg": {
+        "space": "state",
+        "schedule": "increase",
+        "mu": 1.0,
+        "n_iter": 4,
+        "smoothing": 0.01,
+        "n_draws": 4,
+    },
+    "tfg-style": {
+        "space": "state",
+        "schedule": "increase",
+        "rho": 0.25,
+        "mu": 2.0,
+        "n_iter": 4,
+        "smoothing": 0.1,
+    },
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Guided:
+    """What guidance found at x_t, [n, *event] each; nothing carries a graph."""
+
+    prediction: Prediction
+    pull: Tensor
+    lean: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """How steps are guided.
+
+    Attributes:
+        rho: strength of the gradient by x_t, through the network; 0 leaves the network alone.
+        mu: strength of each move of the estimate of x0 itself; 0 makes none.
+        n_iter: how many such moves.
+        schedule: both strengths over the steps: "constant", or with mean 1 "increase" in
+            proportion to a = (signal share at t) / (at u) and "decrease" to 1 - a, where the
+            signal share is alpha^2 / (alpha^2 + sigma^2).
+        space: "score" adds rho * gradient to the score (exact where f is linear and data
+            Gaussian); "state" adds it to x_u, as DPS, FreeDoM and TFG do.
+        keep_eps: whether eps stays what it was when the estimate of x0 moves.
+        smoothing: noise xi on the estimate that f is averaged over, as a multiple of ``spread``.
+        spread: "level" sigma / sqrt(alpha^2 + sigma^2), "constant" 1, "posterior" the standard
+            deviation of x0 given x_t for Gaussian data of standard deviation ``data_std``.
+        n_draws: samples of that noise.
+        normalise: "value" divides gradients by |f|, "unit" gives them the norm of unit noise.
+        clip_norm: most that a sample's gradient may measure, None: any.
+        recurrence: how often a step is made; in between its result is noised again.
+        start, stop: shares of the steps between which steps are guided.
+        micro_batch: samples differentiated at once; None differentiates all.
+        checkpoint: keep no activations; costs a second forward pass.
+    """
+
+    rho: float = 1.0
+    mu: float = 0.0
+    n_iter: int = 1
+    schedule: Literal["constant", "increase", "decrease"] = "constant"
+    space: Literal["score", "state"] = "score"
+    keep_eps: bool = True
+    smoothing: float = 0.0
+    spread: Literal["level", "constant", "posterior"] = "level"
+    data_std: float = 1.0
+    n_draws: int = 1
+    normalise: Literal["none", "value", "unit"] = "none"
+    clip_norm: float | None = None
+    recurrence: int = 1
+    start: float = 0.0
+    stop: float = 1.0
+    micro_batch: int | None = None
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, coerce(type(self), f.name, getattr(self, f.name)))
+        for option in ("n_iter", "n_draws", "recurrence", "micro_batch"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise OptionError(f"guidance: {option} must be at least 1, got {value}.")
+        for option in ("rho", "mu", "smoothing"):
+            if not 0.0 <= getattr(self, option) < math.inf:
+                raise OptionError(f"guidance: {option} must be finite and not negative.")
+        if not 0.0 <= self.start <= self.stop <= 1.0:
+            raise OptionError("guidance: start and stop are shares with 0 <= start <= stop <= 1.")
+        check_positive("guidance", clip_norm=self.clip_norm, data_std=self.data_std)
+        if self.n_draws > 1 and not self.smoothing:
+            raise OptionError("guidance: n_draws > 1 needs smoothing > 0, or all draws are equal.")
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether any gradient is asked for."""
+        return self.rho > 0.0 or self.mu > 0.0
+
+    def guided_steps(self, grid: Grid, *, weighed: bool = False) -> range:
+        """The steps that are guided; where weights are kept, never the last: it has no density."""
+        last = len(grid) - 1 if weighed else len(grid)
+        return range(grid.nearest(self.start), min(grid.nearest(self.stop), last))
+
+    def extra(self, plan: Plan, *, weighed: bool = False) -> tuple[int, int]:
+        """(network rows, decodes and reward calls) of one sample beyond those without guidance."""
+        steps = self.guided_steps(plan.grid, weighed=weighed)
+        calls = self.n_draws * ((self.rho > 0.0) + self.n_iter * (self.mu > 0.0))
+        nfe = (self.recurrence - 1) * sum(plan.costs[i] for i in steps)
+        return nfe, calls * self.recurrence * len(steps)
+
+    # --- single trajectories ---
+
+    def step(
+        self,
+        ctx: Context,
+        x: Tensor,
+        t: Time,
+        u: Time,
+        i: int,
+        kernel: Transition,
+        reward_scale: float,
+        *,
+        weighed: bool = False,
+    ) -> Generator[Request, Any, tuple[Tensor, Tensor]]:
+        """(x_u, log base density - log density of the real proposal [n])."""
+        if i not in self.guided_steps(ctx.grid, weighed=weighed):
+            prediction = yield Denoise(x, t)
+            return draw(ctx, kernel(x, prediction, t, u, ctx.model.path), None, i)
+        for turn in range(self.recurrence):
+            seen = yield from self.look(ctx, x, t, i, reward_scale, turn)
+            base = kernel(x, seen.prediction, t, u, ctx.model.path)
+            shift = self.shift(ctx, x, seen, base, t, u, i, kernel)
+            stream = f"proposal/{turn}" if turn else "proposal"
+            y, ratio = draw(ctx, base, shift, i, stream)
+            if turn + 1 == self.recurrence:
+                return y, ratio
+            z = ctx.key(f"travel/{turn}", i).normal(len(y), y.shape[1:], device=str(y.device))
+            x = renoise(y, u, t, z)
+        raise AssertionError("recurrence is at least 1")
+
+    # --- populations ---
+
+    def attach(
+        self, ctx: Context, state: State, t: Time, i: int, reward_scale: float
+    ) -> Generator[Request, Any, State]:
+        """The state with its prediction and guidance, which a gather moves with the particles."""
+        if i not in self.guided_steps(ctx.grid, weighed=True):
+            return replace(state, prediction=(yield Denoise(state.x, t)))
+        seen = yield from self.look(ctx, state.x, t, i, reward_scale)
+        memory = {**state.memory, "pull": seen.pull, "lean": seen.lean}
+        return replace(state, prediction=seen.prediction, memory=memory)
+
+    def advance(
+        self, ctx: Context, state: State, t: Time, u: Time, i: int, kernel: Transition
+    ) -> State:
+        """The state after a guided step, the ratio of the densities in its weights."""
+        base, shift = base_step(ctx, state, t, u, kernel), None
+        if "pull" in state.memory:
+            assert state.prediction is not None
+            seen = Guided(state.prediction, state.memory["pull"], state.memory["lean"])
+            shift = self.shift(ctx, state.x, seen, base, t, u, i, kernel)
+        return propose(ctx, state, base, shift, i)
+
+    # --- the algorithm ---
+
+    def look(
+        self, ctx: Context, x: Tensor, t: Time, i: int, reward_scale: float, turn: int = 0
+    ) -> Generator[Request, Any, Guided]:
+        """Prediction, pull and lean at x [n, *event]."""
+        size, parts = self.micro_batch or len(x), []
+        for first in range(0, len(x), size):
+            key = ctx.key(f"smooth/{turn}", i).at(slot=first)
+            rows = x[first : first + size]
+            noise = self._noise(key.normal(len(rows), (self.n_draws, *x.shape[1:])), t)
+            xi = None if noise is None else noise.transpose(0, 1).to(x)
+            parts.append((yield from self._look(rows, t, xi, i, ctx.grid, reward_scale)))
+        return Guided(
+            Prediction.cat([p.prediction for p in parts]),
+            torch.cat([p.pull for p in parts]),
+            torch.cat([p.lean for p in parts]),
+        )
+
+    def _look(
+        self, x: Tensor, t: Time, xi: Tensor | None, i: int, grid: Grid, reward_scale: float
+    ) -> Generator[Request, Any, Guided]:
+        pull = torch.zeros_like(x)
+        if self.rho > 0.0:
+            leaf = x.detach().clone().requires_grad_()
+            prediction = yield Denoise(leaf, t, grad=True, checkpoint=self.checkpoint)
+            f = yield from self._smoothed(prediction.x0, xi, reward_scale)
+            pull = self._measured((yield Gradient(f, leaf)), f.detach())
+            prediction = detached(prediction)
+        else:
+            prediction = yield Denoise(x, t)
+        y = prediction.x0
+        for _ in range(self.n_iter if self.mu > 0.0 else 0):
+            leaf = y.clone().requires_grad_()
+            f = yield from self._smoothed(leaf, xi, reward_scale)
+            slope = self._measured((yield Gradient(f, leaf)), f.detach())
+            y = y + self.mu * self.weight(grid, i) * slope
+        return Guided(prediction, pull, y - prediction.x0)
+
+    def _noise(self, z: Tensor, t: Time) -> Tensor | None:
+        """xi [n, n_draws, *event] from standard normals."""
+        if not self.smoothing:
+            return None
+        power = t.alpha**2 + t.sigma**2
+        std = {"constant": 1.0, "level": t.sigma / math.sqrt(power)}.get(self.spread)
+        if std is None:
+            s = self.data_std
+            std = s * t.sigma / math.sqrt((t.alpha * s) ** 2 + t.sigma**2)
+        return self.smoothing * std * z
+
+    def _smoothed(
+        self, y: Tensor, xi: Tensor | None, reward_scale: float
+    ) -> Generator[Request, Any, Tensor]:
+        """ln mean_j exp f(y + xi_j), [n] float64, with a graph."""
+        many = y if xi is None else (y[None] + xi).flatten(0, 1)
+        images = yield Decode(many, grad=True, checkpoint=self.checkpoint)
+        scores = yield Score(images, many.detach(), grad=True)
+        f = reward_scale * scores.value.double().reshape(-1, len(y))
+        return f[0] if len(f) == 1 else torch.logsumexp(f, 0) - math.log(len(f))
+
+    def _measured(self, slope: Tensor, f: Tensor) -> Tensor:
+        """A gradient [n, *event] without NaN, normalised and clipped."""
+        slope, _ = usable(slope)
+        if self.normalise != "none":
+            size = f.abs().clamp_min(1e-6).to(slope)
+            if self.normalise == "unit":
+                norm = slope.flatten(1).norm(dim=1).clamp_min(1e-30)
+                size = norm / math.sqrt(slope[0].numel())
+            slope = slope / size.reshape(-1, *[1] * (slope.ndim - 1))
+        return clipped(slope, self.clip_norm, None)
+
+    def weight(self, grid: Grid, i: int) -> float:
+        """The schedule at step i; its mean over all steps is 1."""
+        if self.schedule == "constant":
+            return 1.0
+        shares = [time.alpha**2 / (time.alpha**2 + time.sigma**2) for time in grid.times]
+        values = [a / b for a, b in pairwise(shares)]
+        if self.schedule == "decrease":
+            values = [1.0 - a for a in values]
+        return values[i] * len(values) / sum(values)
+
+    def shift(
+        self,
+        ctx: Context,
+        x: Tensor,
+        seen: Guided,
+        base: Step,
+        t: Time,
+        u: Time,
+        i: int,
+        kernel: Transition,
+    ) -> Tensor:
+        """Mean of the guided step less that of the base step, [n, *event]."""
+        strength, moved = self.rho * self.weight(ctx.grid, i), seen.prediction
+        if self.space == "score":
+            moved = scored(moved, strength * seen.pull, t)
+        eps = moved.eps if self.keep_eps else moved.eps - (t.alpha / t.sigma) * seen.lean
+        moved = Prediction(moved.x0 + seen.lean, eps)
+        mean = kernel(x, moved, t, u, ctx.model.path).mean
+        if self.space == "state" and t.alpha > 1e-6:
+            # Written for VP states in the papers; the power makes it the same on any path.
+            power = t.alpha**2 + t.sigma**2
+            mean = mean + (strength * power * u.alpha / t.alpha) * seen.pull
+        return mean - base.mean
+
+
+def as_guide(value: Guide | str | Mapping[str, Any] | None) -> Guide | None:
+    """A guide from the name of a preset, from options (with "preset" among them), or itself.
+
+    Raises:
+        OptionError: an unknown name or option.
+    """
+    if value is None or type(value) is Guide:
+        return value
+    if isinstance(value, str):
+        value = {"preset": value}
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f"guidance must be a preset's name, options or a samplers.Guide, got {value!r}. A "
+            "Guidance is a method: its own sampler would be ignored here."
+        )
+    options = dict(value)
+    preset = options.pop("preset", None)
+    if preset is not None and preset not in GUIDES:
+        raise unknown_name("guidance", preset, GUIDES)
+    known = [f.name for f in fields(Guide)]
+    for option in options:
+        if option not in known:
+            raise unknown_name("option of guidance", option, known)
+    return Guide(**{**GUIDES.get(preset or "", {}), **options})  # type: ignore[arg-type]
+
+
+def check_weighed(name: str, guide: Guide, kernel: Transition) -> None:
+    """Raises where guided steps have no density that weights could be corrected by."""
+    if not kernel.stochastic:
+        raise OptionError(
+            f"{name} weighs guided steps by their density, and eta=0 makes them deterministic. "
+            "Set eta > 0 (for flow models too: the eta-kernel keeps their marginals)."
+        )
+    if guide.recurrence > 1:
+        raise OptionError(
+            f"{name} weighs guided steps by their density, and a repeated step has none in closed "
+            "form. Set recurrence=1 in its guidance."
+        )
