@@ -23,18 +23,23 @@ from steering.rewards.compose import (
     ZSum,
 )
 from steering.rewards.detector import Detector
+from steering.rewards.diversity import Diversity
 from steering.rewards.ensemble import Ensemble
 from steering.rewards.function import FunctionReward
 from steering.rewards.hps import HPS
+from steering.rewards.hps3 import HPS3
 from steering.rewards.imagereward import ImageReward
 from steering.rewards.jpeg import Jpeg
 from steering.rewards.pickscore import PickScore
 from steering.rewards.pixels import PixelSpec
 from steering.rewards.spec import as_reward
+from steering.rewards.video import Frames, Temporal
+from steering.rewards.videoreward import VideoReward
 from steering.scoring import Scores
 
 __all__ = [
     "HPS",
+    "HPS3",
     "Aesthetic",
     "Brightness",
     "ByCategory",
@@ -42,7 +47,9 @@ __all__ = [
     "Clip",
     "ClippedGradient",
     "Detector",
+    "Diversity",
     "Ensemble",
+    "Frames",
     "FunctionReward",
     "ImageReward",
     "Jpeg",
@@ -53,6 +60,8 @@ __all__ = [
     "RankMean",
     "Reward",
     "Scores",
+    "Temporal",
+    "VideoReward",
     "WeightedSum",
     "ZSum",
     "as_reward",

@@ -173,13 +173,14 @@ def read_state(path: Path, reward: str) -> dict[str, Tensor]:
 
 
 def fill(module: torch.nn.Module, state: dict[str, Tensor], path: Path, reward: str) -> None:
-    """Loads a state dict that must fit exactly.
+    """Loads a state dict that must fit exactly; a module without storage takes its tensors over.
 
     Raises:
         WeightsError: keys or shapes do not fit; a layer left at random gives plausible nonsense.
     """
     try:
-        module.load_state_dict(state, strict=True)
+        empty = any(parameter.is_meta for parameter in module.parameters())
+        module.load_state_dict(state, strict=True, assign=empty)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:400]
         raise WeightsError(f"{reward}: {path} is of another model: {reason}") from error
