@@ -101,6 +101,6 @@ class CoDe(Branches):
         if self.reference is None:
             return ctx.noise(n)
         t, model = ctx.grid.times[self.begin(ctx.grid)], ctx.model
-        dtype = torch.promote_types(model.dtype, torch.float32)
+        like = {"device": model.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
         z = ctx.key("init").normal(n, model.event_shape)
-        return (t.alpha * self.reference.to(dtype) + t.sigma * z.to(dtype)).to(model.device)
+        return t.alpha * self.reference.to(**like) + t.sigma * z.to(**like)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from steering.analytic import FiniteChain, GaussianMixture
+from steering.analytic import FiniteChain, GaussianMixture, TableReward
 from steering.errors import BudgetError, OptionError
 from steering.method import build_method
 from steering.samplers import BestOfMajority, BestOfN, best_of_majority, best_of_n
@@ -58,7 +58,8 @@ def test_labels_agree_with_a_counter(least: float, k: int) -> None:
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("model", ["line", "chain"])
 def test_no_least_frequency_is_best_of_n_bit_for_bit(frequency: str, k: int, model: str) -> None:
-    make, reward = (line, LINE) if model == "line" else (chain, TABLE)
+    tied = TableReward([0.0, 1.0, 1.0, 0.0, 1.0])
+    make, reward = (line, LINE) if model == "line" else (chain, tied)
     ours = BestOfMajority(n=40, k=k, frequency=frequency, min_frequency=0.0)
     ours = steer(make(), reward, ours, seed=1)
     best = steer(make(), reward, BestOfN(n=40, select="top_k", k=k), seed=1)

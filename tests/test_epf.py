@@ -10,6 +10,7 @@ import torch
 from steering.errors import BudgetError, OptionError, SteeringError
 from steering.method import build_method
 from steering.particles import log_mean_exp
+from steering.requests import Denoise
 from steering.samplers import EPF, FK, BestOfN
 from steering.samplers.epf import temperature
 from tests.populations import (
@@ -24,6 +25,7 @@ from tests.populations import (
     line,
     plan_of,
     repeated,
+    served,
     steer,
 )
 
@@ -50,6 +52,7 @@ def test_the_temperature_never_sharpens_and_rests_where_it_should(rule: str) -> 
             if rule == "off" or share >= 0.5 or u >= 0.5:
                 assert tau == 1.0
             acted += tau > 1.0
+            assert temperature(w, u, rule, 1.0, 1.0) >= 1.0
     assert acted > 20 or rule == "off"
 
 
@@ -123,6 +126,17 @@ def test_the_defence_keeps_the_lookahead_from_doing_harm() -> None:
         variances[defence] = float(torch.tensor([r.log_z for r in results]).var())
     assert variances[0.5] < 2.0 * variances[1.0]
     assert variances[0.5] < 0.5 * variances[0.0]
+
+
+def test_the_lookahead_has_noise_of_its_own() -> None:
+    """Where a model only knows random moves, a look-ahead is one: not the move to be made."""
+    method = EPF(n_particles=40, reward_scale=1.0, checkpoints=(0.34, 0.5), lookahead="apf")
+    _, requests = served(chain(), method, lambda x: torch.zeros(len(x)))
+    asked = [r for r in requests if isinstance(r, Denoise)]
+    node = chain().grid().times[3]
+    ahead, arrived = (r.x for r in asked if r.t == node)
+    assert ahead.shape == arrived.shape
+    assert 0.2 < float((ahead == arrived).double().mean()) < 1.0
 
 
 def test_a_full_defence_is_no_lookahead() -> None:
