@@ -178,6 +178,54 @@ def rewards(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def score(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="One for all or one each; else from their recipes."),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option("--reward", help="A name or spec; may be given several times."),
+    ] = None,
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Score picture files with any rewards."""
+    from steering.apps import score as scoring
+    from steering.result import finite
+
+    files = scoring.find(images)
+    texts = scoring.prompts_of(files, prompt or [])
+    rows = scoring.score_files(
+        files, texts, reward or ["clip"], device=device, batch_size=batch_size
+    )
+    if as_json:
+        typer.echo(json.dumps(finite(rows), allow_nan=False))
+    else:
+        Console().print(scoring.tabulate(rows))
+
+
+@app.command("serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="A reward: a name or a spec.")],
+    host: Annotated[str, typer.Option("--host", help="0.0.0.0 to be reached from outside.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port")] = 8000,
+    device: Device = None,
+    max_images: Annotated[int, typer.Option("--max-images", help="In one request.")] = 64,
+    max_mib: Annotated[int, typer.Option("--max-mib", help="Of one request.")] = 64,
+) -> None:
+    """Serve a reward over HTTP for remote(url=...)."""
+    from steering.apps.serve_reward import Limits, run
+
+    limits = Limits(max_images=max_images, max_bytes=max_mib * 2**20)
+    run(name, host=host, port=port, device=device, limits=limits)
+
+
+@app.command()
 def check(
     model: Annotated[
         str,
