@@ -100,7 +100,7 @@ def model_app(folder: Any) -> FastAPI:
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
     processor = Qwen2_5_VLProcessor.from_pretrained(folder)
-    words, lock = processor.tokenizer, threading.Lock()
+    words, lock = processor.tokenizer, asyncio.Lock()
     app = FastAPI()
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ def model_app(folder: Any) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
         body = await request.json()
-        with lock:
+        async with lock:
             return await asyncio.to_thread(complete, body)
 
     return app

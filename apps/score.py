@@ -1,0 +1,141 @@
+"""`steer score`: rewards of picture files, as a table or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.table import Table
+
+from steering.errors import OptionError
+from steering.rewards import as_reward
+from steering.rewards.images import as_tensor
+from steering.scoring import labels
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def find(paths: Sequence[Path]) -> list[Path]:
+    """The picture files among paths; of a folder, those directly in it, by name.
+
+    Raises:
+        OptionError: a path that is not there, or nothing found.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise OptionError(f"There is no picture or folder {str(path)!r}.")
+    if not found:
+        raise OptionError(f"No pictures in {', '.join(map(str, paths))}.")
+    return found
+
+
+def prompts_of(files: Sequence[Path], prompts: Sequence[str]) -> list[str | None]:
+    """One prompt per file: those given, else the one in the picture's recipe, else none.
+
+    Raises:
+        OptionError: a number of prompts that is neither one nor that of the files.
+    """
+    if len(prompts) == len(files):
+        return list(prompts)
+    if len(prompts) == 1:
+        return [prompts[0]] * len(files)
+    if prompts:
+        raise OptionError(
+            f"{len(prompts)} prompts for {len(files)} pictures: give one --prompt for all, or one "
+            "for each."
+        )
+    return [_recorded(path) for path in files]
+
+
+def score_files(
+    files: Sequence[Path],
+    prompts: Sequence[str | None],
+    rewards: Sequence[str],
+    *,
+    device: str | None = None,
+    batch_size: int = 16,
+) -> list[dict[str, Any]]:
+    """One row per file: {"file", "prompt", "scores", "parts", "notes", "valid"}.
+
+    Pictures of one size go through a reward together.
+
+    Raises:
+        OptionError: an unknown reward, a file that is no picture, or a missing prompt.
+        RewardError: a reward failed.
+    """
+    judges = [as_reward(text) for text in rewards]
+    names = labels(judges)
+    pictures = [_open(path) for path in files]
+    rows: list[dict[str, Any]] = [
+        {"file": str(f), "prompt": p, "scores": {}, "parts": {}, "notes": {}, "valid": True}
+        for f, p in zip(files, prompts, strict=True)
+    ]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for k, picture in enumerate(pictures):
+        groups.setdefault(picture.size, []).append(k)
+    for name, judge in zip(names, judges, strict=True):
+        whole = not getattr(judge, "stationary", True)  # such a one compares the images of a call
+        for group in groups.values():
+            step = len(group) if whole else batch_size
+            for start in range(0, len(group), step):
+                chosen = group[start : start + step]
+                images = as_tensor([pictures[k] for k in chosen])
+                images = images.to(device) if device else images
+                with torch.no_grad():
+                    found = judge(images, [prompts[k] for k in chosen])
+                _enter(rows, chosen, name, found)
+    return rows
+
+
+def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
+    """The scores as a table, best of the first reward first."""
+    names = list(rows[0]["scores"])
+    table = Table(title=f"{len(rows)} pictures")
+    table.add_column("file", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    nan_last = float("-inf")
+    order = sorted(rows, key=lambda r: -(v if (v := r["scores"][names[0]]) == v else nan_last))
+    for row in order:
+        table.add_row(row["file"], *[f"{row['scores'][name]:.4f}" for name in names])
+    return table
+
+
+def _enter(rows: list[dict[str, Any]], chosen: Sequence[int], name: str, found: Any) -> None:  # noqa: ANN401
+    for at, k in enumerate(chosen):
+        row = rows[k]
+        row["scores"][name] = float(found.value[at])
+        if found.valid is not None:
+            row["valid"] = row["valid"] and bool(found.valid[at])
+        if found.parts:
+            row["parts"][name] = {part: float(v[at]) for part, v in found.parts.items()}
+        if found.notes:
+            row["notes"][name] = {note: v[at] for note, v in found.notes.items()}
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise OptionError(f"{path} cannot be read as a picture ({error}).") from error
+
+
+def _recorded(path: Path) -> str | None:
+    """The prompt in the recipe that steer wrote into a PNG, if there is one."""
+    from steering.errors import RecipeError
+    from steering.recipe import read
+
+    try:
+        recipe = read(path)
+    except RecipeError:
+        return None
+    return recipe.prompts[recipe.prompt]
