@@ -189,6 +189,9 @@ def _workers(
     settings: Settings, engine: str, address: str | None, workers: int | None
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """(what the opened model says of itself, results for jobs)."""
+    from steering.method import build_method
+
+    build_method(settings.method, settings.options)  # a typing error is told before any start
     if engine == "ray":
         from steering.apps.cluster import Cluster
 

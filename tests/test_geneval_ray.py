@@ -1,0 +1,131 @@
+"""Ray workers: equal to the local engine, one killed in mid-run, a prompt that kills workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from steering.apps.cluster import Cluster, _chunks
+from steering.apps.geneval_folder import look
+from steering.apps.geneval_run import Settings, Worker, make, run_json
+from steering.apps.geneval_score import score_folder
+from steering.apps.geneval_store import Job, Journal, Store
+from steering.errors import OptionError
+from steering.rewards.geneval_colors import Scorer, StickerColors
+from steering.rewards.geneval_detectors import Stickers
+from steering.stickers import parse, prompts
+
+RECORDS = [parse(p) for p in prompts("heldout", n=553)][::70]
+DEADLY = RECORDS[4]["include"][0]["class"]
+GUIDE = f"""
+import os, signal
+def deadly(images, prompts):
+    if os.environ.get("STEERING_TEST_WORKER") and any({DEADLY!r} in p for p in prompts):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3))
+"""
+SETTINGS = Settings(
+    method="best_of_n", options={"n": 2}, reward="python:guides_deadly:deadly", dtype="float32",
+    call={"num_inference_steps": 2, "guidance_scale": 1.0}, images_per_prompt=1, seed=2,
+)  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_work_is_shared_in_whole_prompts_and_failures_go_alone():
+    jobs = [Job(prompt=i, image=k, text="") for i in range(10) for k in range(3)]
+    parts = _chunks(jobs, 2)
+    assert [j for part in parts for j in part] == jobs
+    assert len(parts) >= 4
+    for part in parts:
+        assert all(sum(j.prompt == p for j in part) == 3 for p in {j.prompt for j in part})
+    lost = [replace(jobs[4], tries=1), replace(jobs[5], tries=1)]
+    assert _chunks([*jobs[:3], *lost], 2) == [jobs[:3], lost[:1], lost[1:]]
+    assert len(_chunks([Job(prompt=i, image=0, text="") for i in range(5000)], 1)[0]) == 64
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"pip install .*cluster"):
+        Cluster(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder of the local engine, folder of two Ray workers of which some are killed, pids)."""
+    ray = pytest.importorskip("ray")
+    base = tmp_path_factory.mktemp("ray")
+    (base / "guides_deadly.py").write_text(GUIDE)
+    sys.path.insert(0, str(base))
+    try:
+        local = Worker(SETTINGS)
+        with Store(base / "local", _recipe(local.describe()), RECORDS) as store:
+            make(store, local.samples, show=False)
+        env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{base}", "STEERING_TEST_WORKER": "1"}
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False,
+            object_store_memory=100_000_000, runtime_env={"env_vars": env},
+        )  # fmt: skip
+        with Cluster(SETTINGS, workers=2) as cluster:
+            opened = cluster.describe()
+            with Store(base / "ray", _recipe(opened), RECORDS) as store:
+                make(store, cluster.samples, show=False)
+        yield base / "local", base / "ray", cluster.pids
+    finally:
+        sys.path.remove(str(base))
+        ray.shutdown()
+
+
+def _recipe(opened: dict) -> dict:
+    return run_json(SETTINGS, opened, RECORDS, "test")
+
+
+def test_a_worker_killed_in_mid_run_loses_nothing_and_repeats_nothing(runs):
+    _, folder, pids = runs
+    assert len(set(pids)) == 2
+    rows = Journal(folder / "samples.jsonl").rows
+    made = [(r["prompt"], r["image"]) for r in rows if "error" not in r]
+    deadly = {i for i, r in enumerate(RECORDS) if DEADLY in r["prompt"]}
+    expected = {(i, 0) for i in range(len(RECORDS)) if i not in deadly}
+    assert len(made) == len(set(made))
+    assert set(made) == expected
+    lost = [r for r in rows if "error" in r]
+    assert all(r["error"].startswith("worker died") for r in lost)
+    assert len(lost) >= 2 * len(deadly)  # and what was in flight beside the deadly prompt
+
+
+def test_a_prompt_that_kills_workers_is_quarantined_after_two_tries(runs):
+    _, folder, _ = runs
+    found = look(folder)
+    deadly = {i for i, r in enumerate(RECORDS) if DEADLY in r["prompt"]}
+    assert set(found.quarantined) == {(i, 0) for i in deadly}
+    rows = Journal(folder / "samples.jsonl").rows
+    for key in found.quarantined:
+        assert sum((r["prompt"], r["image"]) == key for r in rows) == 2
+    assert len(found.missing) == len(deadly)
+
+
+def test_verdicts_equal_the_local_engines(runs):
+    local, folder, _ = runs
+    scorer, tables = Scorer(Stickers(), StickerColors()), []
+    for place in (local, folder):
+        score_folder(place, scorer, show=False)
+        rows = Journal(place / "results.jsonl").rows
+        tables.append({(r["prompt_index"], r["image"]): (r["correct"], r["reason"]) for r in rows})
+    assert len(tables[1]) == len(RECORDS) - 1
+    assert {k: v for k, v in tables[0].items() if k in tables[1]} == tables[1]
+    seeds = [
+        {(r["prompt"], r["image"]): r.get("seed") for r in Journal(p / "samples.jsonl").rows}
+        for p in (local, folder)
+    ]
+    for sample in look(folder).samples:
+        key = (sample.prompt, sample.image)
+        assert seeds[0][key] == sample.line["seed"]
+        mine = np.asarray(Image.open(sample.path), np.int16)
+        theirs = np.asarray(Image.open(local / sample.line["file"]), np.int16)
+        assert np.abs(mine - theirs).max() <= 1
