@@ -35,7 +35,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off torch torchvision
-	$(BIN)/pip install --quiet --progress-bar off -e ".[dev,rewards]"
+	$(BIN)/pip install --quiet --progress-bar off -e ".[dev,rewards,serve]"
 	touch $(STAMP)
 
 clean:

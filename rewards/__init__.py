@@ -30,16 +30,23 @@ from steering.rewards.hps import HPS
 from steering.rewards.hps3 import HPS3
 from steering.rewards.imagereward import ImageReward
 from steering.rewards.jpeg import Jpeg
+from steering.rewards.ocr import OCR
 from steering.rewards.pickscore import PickScore
 from steering.rewards.pixels import PixelSpec
+from steering.rewards.remote import RemoteReward
 from steering.rewards.spec import as_reward
+from steering.rewards.unified import Unified, UnifiedPairs
 from steering.rewards.video import Frames, Temporal
 from steering.rewards.videoreward import VideoReward
+from steering.rewards.vlm import VLM
+from steering.rewards.vqascore import VQAScore
 from steering.scoring import Scores
 
 __all__ = [
     "HPS",
     "HPS3",
+    "OCR",
+    "VLM",
     "Aesthetic",
     "Brightness",
     "ByCategory",
@@ -58,9 +65,13 @@ __all__ = [
     "PickScore",
     "PixelSpec",
     "RankMean",
+    "RemoteReward",
     "Reward",
     "Scores",
     "Temporal",
+    "Unified",
+    "UnifiedPairs",
+    "VQAScore",
     "VideoReward",
     "WeightedSum",
     "ZSum",
