@@ -12,6 +12,7 @@ _HAND = (
     "tests/test_tds.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",
     "tests/test_das.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",
 )
+_GUIDED = "tests/test_guidance.py"
 _TOGETHER = "tests/test_engine_gradients.py"
 
 MUTANTS = (
@@ -25,8 +26,8 @@ MUTANTS = (
     Mutant(
         "gradients: served before the others have arrived",
         "steering/engine.py",
-        "(Score, Decode, Denoise, Gradient)",
-        "(Gradient, Score, Decode, Denoise)",
+        "_ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient",
+        "_ORDER: tuple[type, ...] = (Gradient, Score, Decode, Denoise",
         (f"{_TOGETHER}::test_the_fast_wait_for_the_slow_before_anything_is_differentiated",),
     ),
     Mutant(
@@ -174,5 +175,84 @@ MUTANTS = (
         "return ess(state.set_potential(temper * rho).log_w) >= share",
         "return ess(temper * rho) >= share",
         ("tests/test_das.py::test_the_adaptive_temper_meets_its_threshold",),
+    ),
+    Mutant(
+        "guidance: stale after resampling",
+        "samplers/fk.py",
+        "            state, ancestors = resample(state, scheme(self.resampler), key)\n",
+        "            old = state.memory\n"
+        "            state, ancestors = resample(state, scheme(self.resampler), key)\n"
+        "            state = replace(state, memory=old)\n",
+        (f"{_GUIDED}::test_after_resampling_every_particle_leans_by_its_own_gradient",),
+    ),
+    Mutant(
+        "guidance: best_of_n forgets the densities",
+        "samplers/best_of_n.py",
+        "log_w = tilt(reward, self.reward_scale) + ratio",
+        "log_w = tilt(reward, self.reward_scale)",
+        (f"{_GUIDED}::test_guided_soft_best_of_n_is_importance_sampling",),
+    ),
+    Mutant(
+        "guidance: the last step is guided where weights are kept",
+        "samplers/guides.py",
+        "last = len(grid) - 1 if weighed else len(grid)",
+        "last = len(grid)",
+        (f"{_GUIDED}::test_the_last_step_is_guided_only_where_no_weights_are_kept",),
+    ),
+    Mutant(
+        "guidance: time travel starts from the level it goes to",
+        "samplers/guides.py",
+        "x = renoise(y, u, t, z)",
+        "x = t.alpha * y + t.sigma * z",
+        (f"{_GUIDED}::test_time_travel_alone_keeps_the_law",),
+    ),
+    Mutant(
+        "guidance: one stream of noise for all turns",
+        "samplers/guides.py",
+        'stream = f"proposal/{turn}" if turn else "proposal"',
+        'stream = "proposal"',
+        (f"{_GUIDED}::test_every_turn_has_noise_of_its_own",),
+    ),
+    Mutant(
+        "guidance: eps is kept although the estimate moved",
+        "samplers/guides.py",
+        "moved.eps if self.keep_eps else",
+        "moved.eps if True else",
+        (f"{_GUIDED}::test_eps_follows_the_estimate_where_it_is_not_kept",),
+    ),
+    Mutant(
+        "guidance: the mean of the draws is not divided by their number",
+        "samplers/guides.py",
+        "torch.logsumexp(f, 0) - math.log(len(f))",
+        "torch.logsumexp(f, 0)",
+        (f"{_GUIDED}::test_the_mean_over_draws_of_a_constant_is_the_constant",),
+    ),
+    Mutant(
+        "guidance: the power of the state is left out",
+        "samplers/guides.py",
+        "(strength * power * u.alpha / t.alpha)",
+        "(strength * u.alpha / t.alpha)",
+        (f"{_GUIDED}::test_guidance_does_not_depend_on_the_path",),
+    ),
+    Mutant(
+        "guidance: the schedule of the next step",
+        "samplers/guides.py",
+        "return values[i] * len",
+        "return values[min(i + 1, len(values) - 1)] * len",
+        (f"{_GUIDED}::test_the_step_by_hand",),
+    ),
+    Mutant(
+        "guidance: smoothing named by the place in the micro-batch",
+        "samplers/guides.py",
+        ".at(slot=first)",
+        ".at(slot=0)",
+        (f"{_GUIDED}::test_memory_options_change_no_number",),
+    ),
+    Mutant(
+        "guidance: repeated steps are weighed",
+        "samplers/guides.py",
+        "if guide.recurrence > 1:",
+        "if False:",
+        (f"{_GUIDED}::test_bad_options",),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,8 @@ def test_the_adaptive_temper_meets_its_threshold() -> None:
     assert ess(moved.log_w) == pytest.approx(32.0, abs=1e-6)
     assert ess(moved.log_w) < 32.0  # so that the rule for resampling sees it
     assert raise_temper(moved, rho, temper, 0.5) == temper  # cumulative weights, nothing to spare
+    carried = replace(state, log_w=0.25 * temper * rho)
+    assert raise_temper(carried, rho, 0.0, 0.5) == pytest.approx(0.75 * temper)
     assert raise_temper(state, 0.01 * rho, 0.0, 0.5) == 1.0
     assert raise_temper(state.set_potential(rho), rho, 0.3, 0.5) >= 0.3
 

@@ -15,7 +15,7 @@ import steering
 from steering.analytic import GaussianMixture, LinearReward, QuadraticReward
 from steering.transitions import EtaKernel
 
-R, N = 64, 32
+R, N = 48, 32
 LINE = LinearReward([1.0])
 BOWL = QuadraticReward([1.0, -1.0])
 FAR = LinearReward([0.4] * 16)
