@@ -98,6 +98,8 @@ def score_files(
 def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
     """The scores as a table, best of the first reward first."""
     names = list(rows[0]["scores"])
+    short = [Path(row["file"]).name for row in rows]
+    unique = len(set(short)) == len(short)
     table = Table(title=f"{len(rows)} pictures")
     table.add_column("file", overflow="fold")
     for name in names:
@@ -105,7 +107,8 @@ def tabulate(rows: Sequence[dict[str, Any]]) -> Table:
     nan_last = float("-inf")
     order = sorted(rows, key=lambda r: -(v if (v := r["scores"][names[0]]) == v else nan_last))
     for row in order:
-        table.add_row(row["file"], *[f"{row['scores'][name]:.4f}" for name in names])
+        file = Path(row["file"]).name if unique else row["file"]
+        table.add_row(file, *[f"{row['scores'][name]:.4f}" for name in names])
     return table
 
 
