@@ -217,7 +217,7 @@ def test_regret_of_best_of_n_grows_and_that_of_best_of_majority_does_not(monkeyp
         bon = regret(BestOfN(n=n))
         fooled = 1.0 - 0.999**n
         # No good sample at all among 32 has probability 1e-5.
-        assert errors(bon, fooled, noise=0.1) < 5.0
+        assert errors(bon, fooled, noise=0.1) < 5.0  # measured 0.1, 1.0 and 2.8
         growing[n] = sum(bon) / RUNS
         bom = regret(BestOfMajority(n=n, frequency="labels", min_frequency=0.1))
         assert sum(bom) / RUNS < 0.01, n
