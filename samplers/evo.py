@@ -39,7 +39,7 @@ from steering.paths import Prediction
 from steering.registry import METHODS
 from steering.requests import Progress, Request, Run
 from steering.samplers.base import Sampler, afford, within_budget
-from steering.samplers.rollout import judge, require_continuous, walk
+from steering.samplers.rollout import judge, require_continuous, require_noise, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +199,8 @@ class Evo(Sampler):
         x = ctx.noise(sizes[0])
         if self.schedule:
             require_continuous(self.name, x, "mutation")
+        if 0 in starts[1:]:
+            require_noise(self.name, ctx)
         best, made, archives = None, 0, Archives(nodes=starts[1:], all=self.archive)
         for g, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if g:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,19 +26,15 @@ def time_on(path: Path, log_snr: float) -> float:
     return float(path.t_of_log_snr(torch.tensor(log_snr, dtype=torch.float64)))
 
 
-@dataclass(frozen=True)
 class OnPath:
     """A transition made in the coordinates of another path, for states of the model's own.
 
     The eta-kernel does not change by this; Euler-Maruyama steps do, by their g and their error.
     """
 
-    inner: Transition
-    path: Path
-
-    @property
-    def preserves_marginals(self) -> bool:
-        return self.inner.preserves_marginals
+    def __init__(self, inner: Transition, path: Path) -> None:
+        self.inner, self.path = inner, path
+        self.preserves_marginals = inner.preserves_marginals
 
     @property
     def stochastic(self) -> bool:

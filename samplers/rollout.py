@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from steering.transitions import Transition
 
 _CHUNK = 16
 """Samples decoded together: pictures that do not win are not kept."""
+
+_SHARED = 8.0
+"""Standard errors beyond which two starting states share more than chance."""
 
 Visit = Callable[[int, Tensor, Prediction], None]
 """Told (node, x, prediction) wherever a walk asks the network."""
@@ -112,6 +116,25 @@ def judge(
 def top(values: Tensor) -> int:
     """The index of the largest value; ties go to the first."""
     return int(values.argsort(descending=True, stable=True)[0])
+
+
+def require_noise(name: str, ctx: Context) -> None:
+    """Raises where starting states are more than noise: moves that keep N(0, I) would harm them.
+
+    Two independent states in d dimensions are orthogonal up to 1 / sqrt(d) unless they share
+    something, as those of image-to-image pipelines do.
+
+    Raises:
+        OptionError: they do.
+    """
+    a, b = ctx.noise(2, stream="orthogonal").flatten(1).double()
+    cosine = float((a @ b) / (a.norm() * b.norm()))
+    if cosine > _SHARED / math.sqrt(len(a)):
+        raise OptionError(
+            f"{name}: this model does not start from pure noise (two starting states have a "
+            f"cosine of {cosine:.2f}), as image-to-image pipelines do not. Its starts cannot be "
+            "moved about; use random_search or search_over_paths."
+        )
 
 
 def require_continuous(name: str, x: Tensor, what: str) -> None:

@@ -16,9 +16,9 @@ network rows, S[a:b] being the rows of steps a .. b - 1, and N M decodes and rew
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Progress, Run, Score
+from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, within_budget
 from steering.samplers.rollout import judge, require_continuous, walk
 from steering.transitions import renoise
@@ -143,7 +143,9 @@ class SearchOverPaths(Sampler):
         z = ctx.key("renoise", r).normal(len(copies), x.shape[1:], device=str(x.device))
         return renoise(copies, ctx.grid.times[start], ctx.grid.times[via], z.to(copies))
 
-    def _select(self, ctx: Context, x: Tensor, node: int, r: int) -> Run:
+    def _select(
+        self, ctx: Context, x: Tensor, node: int, r: int
+    ) -> Generator[Request, Any, Tensor]:
         """The N states [n, *event] whose estimates of x0 score best, best first."""
         prediction = yield Denoise(x, ctx.grid.times[node])
         images = yield Decode(prediction.x0)
@@ -152,7 +154,7 @@ class SearchOverPaths(Sampler):
         kept = rewards.argsort(descending=True, stable=True)[: self.n_particles]
         info = {"round": r, "node": node, "rewards": rewards, "kept": kept}
         yield Progress(step=node, of=len(ctx.grid), info=info, preview=images)
-        return x[kept.to(x.device)]  # type: ignore[return-value]
+        return x[kept.to(x.device)]
 
 
 __all__ = ["Round", "SearchOverPaths"]

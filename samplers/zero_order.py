@@ -27,7 +27,7 @@ from steering.noise import sphere_neighbour
 from steering.registry import METHODS
 from steering.requests import Progress, Request, Run
 from steering.samplers.base import Sampler, afford, within_budget
-from steering.samplers.rollout import Winner, judge, require_continuous, top, walk
+from steering.samplers.rollout import Winner, judge, require_continuous, require_noise, top, walk
 
 
 @METHODS.register("zero_order")
@@ -89,7 +89,7 @@ class ZeroOrder(Sampler):
 
     def run(self, ctx: Context) -> Run:
         pivot, pivots, made = ctx.noise(1), 1, 1
-        self._check(pivot)
+        self._check(ctx, pivot)
         rewards, best = yield from self._try(ctx, pivot, None, 0)
         height: float | None = float(rewards[0])
         rounds = (self.rounds or 1) if self.n_neighbours else 0
@@ -131,10 +131,13 @@ class ZeroOrder(Sampler):
     def _reached(self, best: Winner) -> bool:
         return self.reward_max is not None and best.reward >= self.reward_max
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, ctx: Context, x: Tensor) -> None:
         """Raises before anything is spent where noise has no neighbours."""
+        if self.n_neighbours == 0:
+            return
         require_continuous(self.name, x, "a neighbour of a noise")
-        if self.n_neighbours and math.prod(x.shape[1:]) < 2:
+        require_noise(self.name, ctx)
+        if math.prod(x.shape[1:]) < 2:
             raise OptionError(
                 "zero_order: states of one number have no neighbours on their sphere; use "
                 "random_search."

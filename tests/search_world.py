@@ -49,8 +49,10 @@ class Notebook(GaussianMixture):
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         self.asked: list[tuple[float, torch.Tensor]] = []
+        self.calls = 0
 
     def predict(self, x, t, *, cond=0, grad=False):
+        self.calls += 1
         times = [t] * len(x) if not isinstance(t, list | tuple) else list(t)
         for level in dict.fromkeys(times):
             rows = torch.tensor([s == level for s in times])
@@ -60,6 +62,20 @@ class Notebook(GaussianMixture):
     def at(self, node: int) -> list[torch.Tensor]:
         """What was asked at a node of its own grid, call by call."""
         return [x for t, x in self.asked if t == self.grid().times[node].t]
+
+
+class ImageToImage(Notebook):
+    """Starts from a picture with noise on it."""
+
+    def noise(self, n, key, *, cond=0):
+        return 0.5 + super().noise(n, key, cond=cond)
+
+
+def calls_of(make, method, prompts: int) -> int:
+    """Network calls for so many prompts at once."""
+    model = make(("p",) * prompts)
+    steer(model, BOWL, method, seed=list(range(prompts)) if prompts > 1 else 0)
+    return model.calls
 
 
 class Guided(GaussianMixture):
@@ -91,7 +107,7 @@ def repeated(make, reward, method, times: int, **more):
     return steer(make(("p",) * times), reward, method, seed=list(range(times)), **more)
 
 
-def mean_best(make, method: str, times: int = 16, **more) -> float:
+def mean_best(make, method: str, times: int = 12, **more) -> float:
     results = repeated(make, BOWL, method, times, **more)
     return sum(r.best_reward for r in results) / times
 

@@ -16,7 +16,9 @@ from steering.transitions import kernel_std
 from tests.search_world import (
     BOWL,
     TABLE,
+    ImageToImage,
     bell,
+    calls_of,
     chain,
     constant,
     counts,
@@ -113,11 +115,11 @@ def test_the_law_of_states_mutated_on_the_way(kind: str) -> None:
 
 def test_without_preference_the_law_is_the_models() -> None:
     """Elites, random parents and blends of a constant reward leave the law as it is."""
-    method = Evo(n_particles=1500, schedule=(0.0, 0.5), elites=100, tournament=0.0, strength=0.5)
+    method = Evo(n_particles=500, schedule=(0.0, 0.5), elites=30, tournament=0.0, strength=0.5)
     model = line()
     found = children(model, method, 7)  # the last states before the data
     law = model.marginal(model.grid().times[7])
-    assert law.deviation(found) < 5.0  # measured 1.5
+    assert law.deviation(found) < 5.0  # measured 1.9
 
 
 # --- selection --------------------------------------------------------------------------------
@@ -186,8 +188,8 @@ def test_tournaments() -> None:
 
 
 def test_more_budget_comes_nearer_to_the_optimum() -> None:
-    found = [mean_best(plane, "evo", nfe=nfe) for nfe in (80, 500, 3000)]
-    assert found == sorted(found)  # measured -0.40, -0.04 and -0.003
+    found = [mean_best(plane, "evo", nfe=nfe) for nfe in (80, 400, 2000)]
+    assert found == sorted(found)  # measured -0.41, -0.06 and -0.005
     assert found[-1] > -0.05
 
 
@@ -264,3 +266,17 @@ def test_states_that_cannot_mutate_are_refused_before_anything_is_spent() -> Non
     with pytest.raises(OptionError, match="mutation"):
         steer(model, TABLE, Evo(n_particles=4))
     assert model.rows == 0
+
+
+def test_many_prompts_share_every_network_call() -> None:
+    method = Evo(n_particles=3)
+    assert calls_of(plane, method, 8) == calls_of(plane, method, 1)
+
+
+def test_starts_that_are_more_than_noise_are_refused_before_anything_is_spent() -> None:
+    model = ImageToImage([1.0], [[0.5] * 2000], [0.6], steps=4, prompts=("p",))
+    with pytest.raises(OptionError, match="pure noise"):
+        steer(model, constant, Evo(n_particles=4))
+    assert model.rows == 0
+    late = Evo(n_particles=4, schedule=(0.5,))
+    assert steer(model, constant, late).ledger.nfe == model.rows

@@ -20,6 +20,7 @@ from tests.search_world import (
     BOWL,
     TABLE,
     bell,
+    calls_of,
     chain,
     constant,
     counts,
@@ -301,9 +302,9 @@ def test_an_estimate_that_is_good_enough_ends_the_search() -> None:
 def test_more_budget_comes_nearer_to_the_optimum() -> None:
     found = [
         mean_best(plane, "rbf", nfe=nfe, options={"n_init": 4, "batch": 4})
-        for nfe in (42, 120, 500)
+        for nfe in (42, 120, 360)
     ]
-    assert found == sorted(found)  # measured -1.53, -0.04 and -0.01
+    assert found == sorted(found)  # measured -1.62, -0.05 and -0.01
     assert found[-1] > -0.03
 
 
@@ -390,3 +391,8 @@ def test_rewards_of_minus_infinity_do_not_stop_it() -> None:
 
     method = RBF(n_proposals=8, n_init=2, n_chains=1, steps=5)
     assert steer(plane(), picky, method).best_reward == -torch.inf
+
+
+def test_many_prompts_share_every_network_call() -> None:
+    method = RBF(n_proposals=16, n_init=2, n_chains=2, steps=5)
+    assert calls_of(plane, method, 8) == calls_of(plane, method, 1)

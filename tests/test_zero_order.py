@@ -12,7 +12,9 @@ from steering.samplers import BestOfN, ZeroOrder
 from tests.search_world import (
     BOWL,
     TABLE,
+    ImageToImage,
     bell,
+    calls_of,
     chain,
     constant,
     counts,
@@ -170,20 +172,20 @@ def test_more_budget_comes_nearer_to_the_optimum(restart: str) -> None:
         return -(images - 0.9).square().sum(1)
 
     found = []
-    for rounds in (1, 8, 64):
+    for rounds in (1, 6, 36):
         method = ZeroOrder(rounds=rounds, restart=restart)
         results = repeated(wide, reward, method, 16)
         found.append(sum(r.best_reward for r in results) / 16)
-    assert found == sorted(found)  # measured -1.9, -0.7 and -0.2 for keep
+    assert found == sorted(found)  # measured -1.9, -1.0 and -0.2 for keep
     assert found[-1] > 0.3 * found[0]
 
 
 def test_new_pivots_leave_the_sphere() -> None:
     """In two dimensions the norm is half of the search: new pivots go on gaining."""
-    fresh = [mean_best(plane, "zero_order", nfe=nfe) for nfe in (150, 1200)]
-    assert fresh[0] < fresh[1]  # measured -0.74 and -0.09
-    stuck = mean_best(plane, "zero_order", nfe=1200, options={"restart": "keep"})
-    assert stuck < fresh[1] - 0.1  # measured -0.72
+    fresh = [mean_best(plane, "zero_order", nfe=nfe) for nfe in (100, 600)]
+    assert fresh[0] < fresh[1]  # measured -1.42 and -0.18
+    stuck = mean_best(plane, "zero_order", nfe=600, options={"restart": "keep"})
+    assert stuck < fresh[1] - 0.1  # measured -0.80
 
 
 def test_a_good_sample_stops_the_search() -> None:
@@ -212,3 +214,15 @@ def test_bad_options_are_refused(options: dict) -> None:
 def test_the_preset() -> None:
     method = build_method("zero_order/flux")
     assert method.cost(plan_of(plane(steps=50), method)).nfe == 50 * 17
+
+
+def test_many_prompts_share_every_network_call() -> None:
+    method = ZeroOrder(n_neighbours=2, rounds=4)
+    assert calls_of(plane, method, 8) == calls_of(plane, method, 1)
+
+
+def test_starts_that_are_more_than_noise_are_refused_before_anything_is_spent() -> None:
+    model = ImageToImage([1.0], [[0.5] * 2000], [0.6], steps=4, prompts=("p",))
+    with pytest.raises(OptionError, match="pure noise"):
+        steer(model, constant, ZeroOrder(rounds=1))
+    assert model.rows == 0
