@@ -72,7 +72,11 @@ class Batch:
 
     def conds(self, rows: Tensor) -> list[int]:
         """The prompt index of each row."""
-        return [self.tasks[k].cond for k in self.owner[rows].tolist()]
+        asked = [
+            task.cond if request.cond is None else request.cond
+            for task, request in zip(self.tasks, self.requests, strict=True)
+        ]
+        return [asked[k] for k in self.owner[rows].tolist()]
 
     def prompts(self, rows: Tensor) -> list[str | None]:
         """The prompt of each row."""
@@ -158,7 +162,9 @@ def _join(parts: list[Any]) -> Any:  # noqa: ANN401
     if isinstance(parts[0], Scores):
         names = set.intersection(*[set(p.parts) for p in parts])
         merged = {k: _one([p.parts[k] for p in parts]) for k in sorted(names)}
-        return Scores(_one([p.value for p in parts]), merged)
+        kept = set.intersection(*[set(p.notes) for p in parts])
+        notes = {k: [text for p in parts for text in p.notes[k]] for k in sorted(kept)}
+        return Scores(_one([p.value for p in parts]), merged, notes=notes)
     return _one(parts)
 
 
@@ -166,5 +172,10 @@ def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
     if isinstance(whole, Prediction):
         return whole.rows(index)
     if isinstance(whole, Scores):
-        return Scores(whole.value[index], {k: v[index] for k, v in whole.parts.items()})
+        rows = torch.arange(len(whole.value))[index].tolist()
+        return Scores(
+            whole.value[index],
+            {k: v[index] for k, v in whole.parts.items()},
+            notes={k: [texts[i] for i in rows] for k, texts in whole.notes.items()},
+        )
     return whole[index]

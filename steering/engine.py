@@ -3,7 +3,8 @@
 Every task is one prompt's generator. The engine collects what the tasks ask, merges requests of
 one kind into full batches across prompts, charges each task its share and sends the answers back.
 Scores and decodes are served before network calls, so that the tasks meet again at the network
-with as many rows as possible; gradients come last, so that one backward pass serves all tasks.
+with as many rows as possible; gradients come after them, so that one backward pass serves all
+tasks, and last what can only be settled when all runs have come to it (Share).
 Nothing a task sees depends on its neighbours except rounding.
 """
 
@@ -25,12 +26,21 @@ from steering.gradients import Graphs, no_gradient
 from steering.method import Context
 from steering.model import Model
 from steering.paths import Prediction
-from steering.requests import Decode, Denoise, Gradient, Outcome, Progress, Request, Score
+from steering.requests import (
+    Decode,
+    Denoise,
+    Gradient,
+    Outcome,
+    Progress,
+    Request,
+    Score,
+    Share,
+)
 from steering.scoring import Scores, score
-from steering.task import Task
+from steering.task import Task, share_out
 
 Listener = Callable[[Task, Progress], None]
-_ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient)
+_ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient, Share)
 
 
 class Engine:
@@ -62,6 +72,7 @@ class Engine:
         self.max_batch = max_batch
         self.limits: dict[type, int] = dict.fromkeys((Score, Decode, Denoise), max_batch)
         self.graphs = Graphs(self.limits)
+        self._tasks: list[Task] = []
         self._done: deque[Task] = deque()
 
     def run(self, tasks: Sequence[Task]) -> None:
@@ -71,7 +82,7 @@ class Engine:
 
     def stream(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """Runs tasks and gives each as soon as it has ended; an interrupt ends the stream."""
-        waiting = list(reversed(tasks))
+        self._tasks, waiting = list(tasks), list(reversed(tasks))
         pending: dict[Task, Request] = {}
         try:
             while waiting or pending:
@@ -160,6 +171,9 @@ class Engine:
             requests = [pending[t] for t in group]
             if isinstance(requests[0], Gradient):
                 answers = self._gradients(group, requests)
+            elif isinstance(requests[0], Share):
+                ended = [t for t in self._tasks if t not in pending]
+                answers = share_out(ended, group, [r.need for r in requests])  # type: ignore[union-attr]
             else:
                 answers = self.answers(group, requests)
             for task, request, answer in zip(group, requests, answers, strict=True):
@@ -266,7 +280,7 @@ class Engine:
 
 def _shared(task: Task, request: Request) -> tuple[object, ...]:
     """Requests of one kind that agree in this may share a call."""
-    if isinstance(request, Gradient):
+    if isinstance(request, Gradient | Share):
         return ()
     reward = id(task.reward) if isinstance(request, Score) else None
     keeps = getattr(request, "grad", False), getattr(request, "checkpoint", False)

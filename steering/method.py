@@ -118,6 +118,26 @@ class Context:
     def grid(self) -> Grid:
         return self.plan.grid
 
+    @property
+    def prompt(self) -> str | None:
+        """The text of this run."""
+        return self.model.prompts[self.cond]
+
+    def condition(self, prompt: str) -> int:
+        """The ``cond`` of a further text, for ``Denoise(x, t, cond=...)``.
+
+        Everything else of the call (negative prompt, guidance, images) is this run's own.
+
+        Raises:
+            OptionError: the model cannot be given another text.
+        """
+        add = getattr(self.model, "add_prompt", None)
+        if add is None:
+            raise OptionError(
+                f"{self.model.name!r} cannot be asked about other prompts than it was made for."
+            )
+        return add(prompt, like=self.cond)
+
     def key(self, stream: str, step: int = 0) -> NoiseKey:
         """The name of a stream of random numbers of this run."""
         return NoiseKey(self.seed, stream, step)

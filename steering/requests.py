@@ -27,13 +27,15 @@ class Denoise:
 
     With ``grad`` the answer carries a graph back to x, which only a :class:`Gradient` request may
     differentiate. ``checkpoint`` keeps no activations of the network in this graph: the call is
-    made again, with the same x, when the graph is differentiated.
+    made again, with the same x, when the graph is differentiated. ``cond`` asks under another
+    prompt than the run's own (from ``Context.condition``).
     """
 
     x: Tensor
     t: Times
     grad: bool = False
     checkpoint: bool = False
+    cond: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,21 @@ class Gradient:
 
 
 @dataclass(frozen=True, eq=False)
+class Share:
+    """Ask for a part of the network rows that all prompts of this call have left.
+
+    Answered when no other run has anything else to ask: what is left of the caps of those that
+    ended and of those that ask is divided in proportion to ``need``. The answer is the number of
+    rows this run may still spend; None where there is no cap.
+
+    Attributes:
+        need: not negative.
+    """
+
+    need: float
+
+
+@dataclass(frozen=True, eq=False)
 class Progress:
     """Tell the listeners and the trace where the run stands.
 
@@ -121,5 +138,5 @@ class Outcome:
     slots: Tensor | None = None
 
 
-Request = Denoise | Decode | Score | Gradient | Progress
+Request = Denoise | Decode | Score | Gradient | Share | Progress
 Run = Generator[Request, Any, Outcome]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -75,10 +77,20 @@ class Task:
     error: BaseException | None = None
     cancelled: bool = False
     run: Run | None = None
+    extra: int = 0  # network rows taken over from other runs, or (negative) left to them
 
     @property
     def budget(self) -> Budget:
-        return self.plan.budget
+        cap = self.plan.budget
+        if not self.extra or cap.nfe is None:
+            return cap
+        return replace(cap, nfe=max(1, cap.nfe + self.extra))
+
+    @property
+    def left(self) -> int:
+        """Network rows under the cap that are not spent; 0 where there is no cap."""
+        cap = self.budget.nfe
+        return 0 if cap is None else max(0, cap - self.ledger.nfe)
 
     def cost(self, t: Time) -> int:
         """Network rows that one sample at this level is expected to need."""
@@ -86,3 +98,16 @@ class Task:
             if node.net == t.net:
                 return cost
         return max(self.plan.costs)
+
+
+def share_out(ended: Sequence[Task], asking: Sequence[Task], needs: Sequence[float]) -> list[Any]:
+    """What is left of all caps, divided among those that ask: rows for each, None without cap."""
+    capped = [(t, need) for t, need in zip(asking, needs, strict=True) if t.budget.nfe is not None]
+    pool = sum(t.left for t in ended) + sum(t.left for t, _ in capped)
+    total = sum(need for _, need in capped)
+    for task in ended:
+        task.extra -= task.left
+    for task, need in capped:
+        part = need / total if total > 0.0 else 1.0 / len(capped)
+        task.extra += int(pool * part) - task.left
+    return [None if t.budget.nfe is None else t.left for t in asking]

@@ -88,6 +88,32 @@ class Arguments:
             )
         self.per_prompt[name] = values
 
+    def add(self, prompt: str, like: int) -> int:
+        """The row values of prompt ``like`` with another text, as a condition of its own.
+
+        Raises:
+            OptionError: the prompts were given as embeddings, or in words for each text encoder.
+        """
+        given = [k for k in self.per_prompt if not k.startswith("negative_")]
+        if given != ["prompt"]:
+            raise OptionError(
+                "Another text can stand in for `prompt` alone; this call was given "
+                f"{', '.join(given) or 'no prompt'}."
+            )
+        texts = self.per_prompt["prompt"]
+        others = [values for name, values in self.per_prompt.items() if name != "prompt"]
+        for cond in range(len(self.prompts), len(texts)):
+            if texts[cond] == prompt and all(v[cond] is v[like] for v in others):
+                return cond
+        for name, values in self.per_prompt.items():
+            values.append(prompt if name == "prompt" else values[like])
+        return len(texts) - 1
+
+    @property
+    def conds(self) -> int:
+        """How many conditions there are: prompts, and texts added since."""
+        return max([len(self.prompts), *(len(v) for v in self.per_prompt.values())])
+
     def for_rows(
         self,
         conds: Sequence[int],

@@ -265,10 +265,20 @@ class WrappedPipeline:
 
     def _check_conds(self, conds: Sequence[int]) -> None:
         for c in conds:
-            if not 0 <= c < len(self.prompts):
+            if not 0 <= c < self._script.arguments.conds:
                 raise OptionError(
                     f"{self.name}: cond {c} is not one of {len(self.prompts)} prompts."
                 )
+
+    def add_prompt(self, prompt: str, *, like: int = 0) -> int:
+        """A further condition: prompt ``like`` with another text; ``prompts`` stays as it is.
+
+        Raises:
+            OptionError: an empty text, or a call whose prompt is not one plain text.
+        """
+        if not prompt.strip():
+            raise OptionError(f"{self.name}: a rewritten prompt is empty.")
+        return self._script.arguments.add(prompt, like)
 
     def decode(self, x0: Tensor, *, grad: bool = False) -> Tensor:
         """The pipeline's own decoding: float32 in [0, 1], [n, 3, H, W] or [n, F, 3, H, W]."""

@@ -1,0 +1,61 @@
+"""Mutants of the methods that decide from round to round."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+REFLECT, AUTO = "tests/test_reflect.py", "tests/test_auto.py"
+
+MUTANTS = (
+    Mutant(
+        "answers of slow critics in the order they come",
+        "samplers/reflect.py",
+        "said = list(pool.map(lambda image: critic(image, prompt), images))",
+        "from concurrent.futures import as_completed\n"
+        "            asked = [pool.submit(critic, image, prompt) for image in images]\n"
+        "            said = [f.result() for f in as_completed(asked)]",
+        (f"{REFLECT}::test_slow_critics_answer_out_of_turn_and_stay_in_order",),
+    ),
+    Mutant(
+        "the last round is delivered",
+        "samplers/reflect.py",
+        "float(new.reward[k]) <= float(old.reward[0])",
+        "False",
+        (f"{REFLECT}::test_rounds_are_independent_and_the_best_of_all_is_kept",),
+    ),
+    Mutant(
+        "every round draws the same noise",
+        "samplers/reflect.py",
+        'stream = "" if k == 0 else f"/{k}"',
+        'stream = ""',
+        (f"{REFLECT}::test_rounds_are_independent_and_the_best_of_all_is_kept",),
+    ),
+    Mutant(
+        "rewritten prompt not used",
+        "steering/batch.py",
+        "task.cond if request.cond is None else request.cond",
+        "task.cond",
+        (f"{REFLECT}::test_rewritten_prompts_reach_the_network",),
+    ),
+    Mutant(
+        "what follows the pilot draws its noise again",
+        "samplers/auto.py",
+        "replace(ctx, seed=seed)",
+        "ctx",
+        (f"{AUTO}::test_what_follows_has_noise_of_its_own",),
+    ),
+    Mutant(
+        "shared rows are made from nothing",
+        "steering/task.py",
+        "task.extra += int(pool * part) - task.left",
+        "task.extra += int(pool * part)",
+        (f"{AUTO}::test_the_sum_of_all_budgets_is_kept",),
+    ),
+    Mutant(
+        "shares for all alike",
+        "steering/task.py",
+        "part = need / total if total > 0.0 else 1.0 / len(capped)",
+        "part = 1.0 / len(capped)",
+        (f"{AUTO}::test_what_an_easy_prompt_leaves_goes_to_the_wide_ones",),
+    ),
+)
