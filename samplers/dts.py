@@ -80,8 +80,9 @@ class DTSStar(TreeSearch):
     """
 
     select: Literal["uct", "puct"] = "uct"
-    c_uct: float = 1.0
+    c_uct: float = 0.2
     k: int = 1
+    widening: float = 1.0
 
     name: ClassVar[str] = "dts_star"
     summary: ClassVar[str] = "tree search for the highest reward, by confidence bounds"
