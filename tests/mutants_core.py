@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         "prompts of a batch mixed for the network",
         "steering/batch.py",
-        "[self.tasks[k].cond for",
-        "[self.tasks[0].cond for",
+        "return [asked[k] for",
+        "return [asked[0] for",
         ("tests/test_engine.py::test_tasks_meet_in_full_batches",),
     ),
     Mutant(
