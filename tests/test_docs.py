@@ -69,6 +69,7 @@ def test_the_readme_names_commands_that_exist():
     from steering.apps.cli import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     used = set(re.findall(r"^steer (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert used <= known
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
