@@ -132,7 +132,8 @@ def find_file(source: str, name: str, reward: str, option: str = "model") -> Pat
     )
     if path.is_dir():
         raise WeightsError(f"{reward}: {path} holds no {name}. {way_out}")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix == ".pth":
+    is_file = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_file or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise WeightsError(
             f"{reward}: there is no file or folder {source!r} (looked in {Path.cwd()} where it is "
             f"relative). {way_out}"

@@ -35,7 +35,7 @@ class PickScore(Networked):
     """
 
     differentiable: ClassVar[bool] = True
-    licence: ClassVar[str] = "MIT"
+    licence: ClassVar[str] = "MIT (code); weights: their model card"
     hub_id: ClassVar[str] = "yuvalkirstain/PickScore_v1"
     value_range: ClassVar[str] = "about 17 to 24"
     memory: ClassVar[str] = "3.9 GB (ViT-H/14, fp32)"

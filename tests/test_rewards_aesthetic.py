@@ -5,15 +5,18 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import transformers as H
+from PIL import Image
 
 from steering.errors import OptionError, WeightsError
 from steering.rewards import as_reward
 from steering.rewards.aesthetic import Aesthetic, collapse
 from steering.rewards.networked import read_state
+from steering.rewards.pixels import PixelSpec
 from tests.tiny_rewards import (
     PROMPTS,
     check_contract,
@@ -153,6 +156,17 @@ def test_siglip_head_takes_the_squashed_picture_and_the_pooled_output(tmp_path):
     expected = layer_by_layer(saved, pooled / pooled.norm(dim=-1, keepdim=True))
     assert got.std() > 0.005
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (640, 480), (700, 451)])
+def test_siglip_pixels_are_those_of_pil(size):
+    (image,) = pictures(1, size=size)
+    expected = np.array(image.resize((384, 384), Image.Resampling.BICUBIC), np.float32)
+    half = (0.5, 0.5, 0.5)
+    pixels = PixelSpec(size=384, mode="squash", mean=half, std=half).apply(tensor([image]))
+    error = ((pixels[0] * 0.5 + 0.5) * 255 - torch.from_numpy(expected).movedim(-1, 0)).abs()
+    assert error.max() <= 1.001
+    assert error.mean() <= 0.01
 
 
 def test_a_head_for_another_encoder_is_refused(folder, tmp_path):

@@ -8,11 +8,20 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 import transformers as H
 
 from steering.errors import OptionError, WeightsError
 from steering.rewards import as_reward
-from steering.rewards.diversity import Diversity, distances, mean_distance, vendi
+from steering.rewards.diversity import (
+    _IMAGENET_MEAN,
+    _IMAGENET_STD,
+    Diversity,
+    _Crop,
+    distances,
+    mean_distance,
+    vendi,
+)
 from steering.rewards.video import Frames, Temporal
 from tests.tiny_rewards import PROMPTS, pictures, seeded, slope_error, tensor
 
@@ -56,6 +65,18 @@ def test_distance_is_the_mean_over_pairs_of_one_prompt(folder):
     assert found.value.max() > 0.05
     assert as_reward(reward.spec) == reward
     assert not reward.stationary
+
+
+@pytest.mark.parametrize("size", [(512, 512), (300, 451), (640, 480)])
+def test_dino_pixels_are_those_of_pil(size):
+    (image,) = pictures(1, size=size)
+    resized = TF.resize(image, 256, interpolation=TF.InterpolationMode.BICUBIC)
+    expected = TF.to_tensor(TF.center_crop(resized, [224, 224])) * 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
+    got = (_Crop(224).apply(tensor([image]))[0] * std + mean) * 255
+    error = (got - expected).abs()
+    assert error.max() <= 1.001
+    assert error.mean() <= 0.01
 
 
 def test_micro_batches_and_order_change_nothing(folder):

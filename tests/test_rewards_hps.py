@@ -118,6 +118,8 @@ def test_what_cannot_be_loaded(folder, tmp_path):
         assert word in str(caught.value)
     with pytest.raises(WeightsError, match=r"holds no HPS_v2\.1_compressed\.pt"):
         reward_of(tmp_path).for_model(None)
+    with pytest.raises(WeightsError, match=r"no file or folder 'weights/hps\.pt'"):
+        HPS(model="weights/hps.pt").for_model(None)
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "other.pt")
     with pytest.raises(WeightsError, match="is of another model"):
         HPS(model=str(tmp_path / "other.pt"), architecture="Tiny-HPS").for_model(None)

@@ -43,7 +43,7 @@ def seeded(make: Callable[[], torch.nn.Module], seed: int = 0, gain: float = 3.0
 
 def tokenizer(folder: Path, start: str, end: str, pad: str, extra: tuple[str, ...] = ()) -> None:
     """One token a word, start and end marks around the text."""
-    vocab = {w: i for i, w in enumerate(dict.fromkeys([pad, start, end, "<unk>", *extra, *WORDS]))}
+    vocab = {w: i for i, w in enumerate(dict.fromkeys([pad, start, "<unk>", end, *extra, *WORDS]))}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -60,7 +60,7 @@ def clip_folder(folder: Path, tokens: bool = True, seed: int = 0) -> Path:
     text = {
         "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 9, "bos_token_id": 1,
-        "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "gelu",
+        "eos_token_id": 3, "pad_token_id": 0, "hidden_act": "gelu",
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
