@@ -17,7 +17,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "clip": {"lr": 1e-3, "weight_decay": 0.05, "ema": 0.98},
     "detector": {"lr": 2e-3, "weight_decay": 0.01, "warmup": 30},
     "flow": {"lr": 5e-4, "weight_decay": 0.01, "betas": (0.9, 0.99), "ema": 0.995},
-    "unet": {"lr": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.99), "ema": 0.998},
+    "unet": {"lr": 8e-4, "weight_decay": 0.01, "betas": (0.9, 0.99), "ema": 0.998},
     "turbo": {"lr": 3e-4, "weight_decay": 0.0, "betas": (0.9, 0.99), "ema": 0.99},
 }
 

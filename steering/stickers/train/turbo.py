@@ -30,7 +30,7 @@ from steering.stickers.train.flow import (
 from steering.stickers.train.loop import Loop, Recipe, half_is_fast
 from steering.stickers.train.unet import finish
 
-BATCH = 48  # a multiple of the jumps
+BATCH = 24  # a multiple of the jumps
 JUMPS = 4
 SHIFT = 3.0  # of the levels towards noise, where the scene is decided
 SUBSTEPS = 2  # of the teacher in one jump

@@ -30,7 +30,7 @@ from steering.stickers.train.flow import (
 )
 from steering.stickers.train.loop import Loop, Recipe, half_is_fast, seeded_init
 
-BATCH = 32
+BATCH = 16  # small: time, not data, is short
 CELLS = 8  # along one axis, where the UNet attends; objects snap to just these
 LABEL_WEIGHT = 0.03
 TEACHER = 0.75  # of the target; the rest is the noise that was drawn
