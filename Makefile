@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check venv bench mutants format clean
+.PHONY: demo test check venv bench compare mutants format clean
 
 demo: $(STAMP)
 	$(BIN)/steer compare "a photo of a red apple and a blue clock" \
@@ -22,6 +22,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Hours: every method, three budgets, three seeds; goes on where it was stopped.
+compare: $(STAMP)
+	$(BIN)/python -m benchmarks.comparison --page docs/comparison.md $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants.py $(ARGS)

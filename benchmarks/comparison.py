@@ -1,0 +1,118 @@
+"""Every method on held-out sticker prompts at equal network calls, resumable; writes a page.
+
+python -m benchmarks.comparison [--prompts 60] [--budgets 160 320 640] [--seeds 3]
+    [--methods NAME ...] [--out out/comparison] [--page docs/comparison.md]
+
+The CLIP model is the reward; the detector's verdict is what no search has seen. Rows that are
+already in OUT/rows.jsonl are not run again, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import steering
+from benchmarks.comparison_page import write_page
+from steering.errors import BudgetError
+from steering.registry import METHODS
+from steering.samplers import BestOfN
+from steering.stickers.prompts import prompts as sticker_prompts
+
+UNSTEERED = "unsteered"
+Row = dict[str, Any]
+
+
+def key_of(row: Row) -> tuple:
+    return (row["method"], row["nfe_budget"], row["seed"], row["prompts"])
+
+
+def read(path: Path) -> list[Row]:
+    """Complete lines of a file that a killed run may have cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int) -> Row:
+    """One method, budget and seed over all prompts, run together."""
+    chosen: Any = BestOfN(n=1) if method == UNSTEERED else method
+    seeds = [1000 * seed + k for k in range(len(texts))]
+    row: Row = {"method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts)}
+    try:
+        results = steering.steer(
+            pipe, texts, reward="clip", method=chosen, seed=seeds, heldout="detector",
+            nfe=None if method == UNSTEERED else nfe,
+        )  # fmt: skip
+    except BudgetError as error:
+        return row | {"refused": str(error)}
+    ledgers = [r.ledger for r in results]
+    mean = {
+        name: float(np.mean([getattr(ledger, name) for ledger in ledgers]))
+        for name in ("nfe", "nfe_backward", "decodes", "reward_calls", "seconds")
+    }
+    return (
+        row
+        | mean
+        | {
+            "reward": [r.best_reward for r in results],
+            "heldout": [float(r.heldout["detector"][0]) for r in results],
+            "own_seconds": float(np.mean([ledger.spent.get("own", 0.0) for ledger in ledgers])),
+            "threads": torch.get_num_threads(),
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[160, 320, 640])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=None)
+    parser.add_argument("--out", type=Path, default=Path("out/comparison"))
+    parser.add_argument("--page", type=Path, default=None, help="write this page and its plot")
+    given = parser.parse_args()
+    names = given.methods or METHODS.names()
+    given.out.mkdir(parents=True, exist_ok=True)
+    store = given.out / "rows.jsonl"
+    rows = read(store)
+    done = {key_of(row) for row in rows}
+    pipe, texts = steering.load("stickers"), sticker_prompts("heldout", n=given.prompts, seed=0)
+    wanted = [
+        (method, nfe, seed)
+        for seed in range(given.seeds)
+        for nfe in given.budgets
+        for method in (UNSTEERED, *names)
+        if (method, nfe, seed, given.prompts) not in done
+        and not (method == UNSTEERED and nfe != given.budgets[0])
+    ]
+    for count, (method, nfe, seed) in enumerate(wanted, 1):
+        row = measure(pipe, texts, method, nfe, seed)
+        rows.append(row)
+        with store.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        said = row.get("refused") or (
+            f"reward {np.mean(row['reward']):.4f} heldout {np.mean(row['heldout']):.3f} "
+            f"{row['seconds']:.1f} s a prompt"
+        )
+        print(f"{count}/{len(wanted)} {method} nfe={nfe} seed={seed}: {said}", flush=True)
+    asked = set(given.budgets)
+    rows = [r for r in rows if r["prompts"] == given.prompts and r["nfe_budget"] in asked]
+    if given.page is not None:
+        write_page(rows, given.page)
+
+
+if __name__ == "__main__":
+    main()

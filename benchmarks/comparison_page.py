@@ -1,0 +1,136 @@
+"""The page and the plot of a comparison: means, 95 % intervals, differences from best-of-N."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+_DRAWS = 4000
+_HEAD = """# Methods compared at equal network calls
+
+{prompts} held-out sticker prompts, {seeds} seed{s}, budgets of {budgets} network rows a prompt
+(guidance counts two; a sample of 20 steps costs 40). The sticker CLIP is the reward of every
+search; the detector's verdict (GenEval's rules) is seen by none. Brackets are 95 % intervals from
+a bootstrap over prompts; differences from best-of-N are paired by prompt and seed. Rows that are
+differentiated cost about three of the others in time: compare the seconds too, which are the run's
+share of all calls on {threads} CPU thread{t}, all prompts together.
+
+Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world.
+
+![reward and verdict against rows and seconds]({plot})
+"""
+_CELLS = (
+    "method", "reward", "detector", "reward - best_of_n", "detector - best_of_n", "rows",
+    "of them backward", "reward calls", "decodes", "seconds",
+)  # fmt: skip
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and the 95 % bootstrap interval over the first axis (prompts)."""
+    picks = np.random.default_rng(0).integers(len(values), size=(_DRAWS, len(values)))
+    draws = values[picks].mean(axis=tuple(range(1, values.ndim + 1)))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def text(values: np.ndarray, digits: int = 3) -> str:
+    mean, low, high = interval(values)
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def grouped(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+    """Rows of one method and budget, by seed."""
+    out: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda r: r["seed"]):
+        if "refused" not in row:
+            out[row["method"], row["nfe_budget"]].append(row)
+    return out
+
+
+def per_prompt(rows: list[Row], name: str) -> np.ndarray:
+    """[prompts, seeds]."""
+    return np.array([row[name] for row in rows]).T
+
+
+def table(rows: list[Row], nfe: int) -> str:
+    """One budget, best detector verdict first."""
+    groups = grouped(rows)
+    base = groups.get(("best_of_n", nfe), [])
+    lines = []
+    for (method, budget), mine in groups.items():
+        if budget != nfe and method != "unsteered":
+            continue
+        seeds = {row["seed"] for row in mine}
+        other = [row for row in base if row["seed"] in seeds]
+        cells = [f"`{method}`" if method != "unsteered" else method]
+        cells += [text(per_prompt(mine, name)) for name in ("reward", "heldout")]
+        for name in ("reward", "heldout"):
+            paired = other and method != "best_of_n" and len(other) == len(mine)
+            gain = per_prompt(mine, name) - per_prompt(other, name) if paired else None
+            cells.append("" if gain is None else text(gain))
+        for name in ("nfe", "nfe_backward", "reward_calls", "decodes"):
+            cells.append(f"{np.mean([row[name] for row in mine]):.0f}")
+        cells.append(f"{np.mean([row['seconds'] for row in mine]):.2f}")
+        lines.append((-float(per_prompt(mine, "reward").mean()), "| " + " | ".join(cells) + " |"))
+    head = "| " + " | ".join(_CELLS) + " |\n|" + "---|" * len(_CELLS)
+    return "\n".join([head, *(line for _, line in sorted(lines))])
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Reward and verdict against rows and seconds; best-of-N is the thick line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = grouped(rows)
+    methods = sorted({m for m, _ in groups} - {"unsteered"})
+    colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(len(methods), 2)))
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharey="row")
+    measures = (("reward", "CLIP reward"), ("heldout", "detector verdict (held out)"))
+    scales = (("nfe", "network rows a prompt"), ("seconds", "seconds a prompt"))
+    for line, (measure, label) in zip(axes, measures, strict=True):
+        for axis, (scale, title) in zip(line, scales, strict=True):
+            for colour, method in zip(colours, methods, strict=True):
+                mine = [groups[m, b] for m, b in sorted(groups) if m == method]
+                x = [np.mean([r[scale] for r in g]) for g in mine]
+                y = [per_prompt(g, measure).mean() for g in mine]
+                thick = method == "best_of_n"
+                axis.plot(x, y, "o-", color="black" if thick else colour, label=method,
+                          linewidth=3.0 if thick else 1.2, markersize=4)  # fmt: skip
+            axis.set(xlabel=title, ylabel=label, xscale="log")
+            axis.grid(alpha=0.3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", fontsize=8)
+    figure.subplots_adjust(right=0.84, left=0.06, top=0.97, bottom=0.07, wspace=0.08)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def write_page(rows: list[Row], page: Path, notes: str = "") -> None:
+    """Writes the page; a section of remarks by hand at its end survives."""
+    plot = page.with_suffix(".png")
+    draw(rows, plot)
+    ran = [row for row in rows if "refused" not in row]
+    budgets = sorted({row["nfe_budget"] for row in ran})
+    seeds, threads = len({row["seed"] for row in ran}), ran[0]["threads"]
+    parts = [
+        _HEAD.format(
+            prompts=ran[0]["prompts"], seeds=seeds, s="s" * (seeds > 1), threads=threads,
+            t="s" * (threads > 1), plot=plot.name, budgets=", ".join(map(str, budgets)),
+        )
+    ]  # fmt: skip
+    for nfe in budgets:
+        parts.append(f"## {nfe} network rows a prompt\n\n{table(rows, nfe)}\n")
+    refused = {(r["method"], r["nfe_budget"]): r["refused"] for r in rows if "refused" in r}
+    if refused:
+        said = [f"* `{m}` at {b}: {why}" for (m, b), why in refused.items()]
+        parts.append("## Refused: the budget is too small\n\n" + "\n".join(said) + "\n")
+    mark = "## What this says"
+    if page.exists() and mark in page.read_text():
+        notes = mark + page.read_text().split(mark, 1)[1]
+    parts.append(notes)
+    page.write_text("\n".join(part for part in parts if part))
