@@ -30,6 +30,7 @@ from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, check_scale, checkpoint_steps, within_budget
 from steering.samplers.pool import Pool
+from steering.samplers.rollout import require_noise
 
 _CHAINS, _ITERATIONS = 4, 12
 
@@ -211,12 +212,14 @@ class ParallelTempering(Sampler):
         return pool.outcome(ctx.model.device)
 
     def _check_model(self, ctx: Context) -> None:
-        own = getattr(ctx.model, "transition", None)
-        if self.move == "blend" and getattr(own, "stochastic", False):
+        if self.move == "tail":
+            return
+        if getattr(getattr(ctx.model, "transition", None), "stochastic", False):
             raise OptionError(
                 f"parallel_tempering: {ctx.model.name!r} moves at random by itself, so its "
                 "samples are not a function of the starting noise. Use move='tail' with eta=1."
             )
+        require_noise(self.name, ctx)
 
     def _propose(
         self, ctx: Context, chains: State, start: int, m: int

@@ -22,9 +22,11 @@ class Pool:
 
     def add(self, numbers: Iterable[int], x0: Tensor, images: Tensor, reward: Tensor) -> None:
         """Takes new samples, without weight."""
-        rows = zip(numbers, x0.detach().cpu(), images.detach().cpu(), reward.tolist(), strict=True)
+        rows = zip(numbers, x0.detach(), images.detach(), reward.tolist(), strict=True)
         for k, x, image, r in rows:
-            self._x0[k], self._image[k], self.reward[k], self.weight[k] = x, image, r, 0.0
+            self.reward[k], self.weight[k] = r, 0.0
+            # Copies: a view would keep the whole batch it was cut from.
+            self._x0[k], self._image[k] = x.to("cpu", copy=True), image.to("cpu", copy=True)
 
     def weigh(self, numbers: Iterable[int], weights: Iterable[float]) -> None:
         """Adds weights to samples."""

@@ -126,7 +126,8 @@ class Tree:
         self.reward.append(math.nan)
         self.value.append(math.nan)
         self.children.append([])
-        self.states.append(state.detach().cpu())
+        # A copy: a view would keep the whole batch it was cut from.
+        self.states.append(state.detach().to("cpu", copy=True))
         self.children[parent].append(node)
         return node
 

@@ -301,7 +301,7 @@ class TreeSearch(Sampler):
         leaves = []
         for j, reward in enumerate(as_float64(scores.value).tolist()):
             leaves.append(tree.grow(parents[j], [*chains[j], x[j]], reward))
-            pictures[leaves[-1]] = images[j].detach().cpu()
+            pictures[leaves[-1]] = images[j].detach().to("cpu", copy=True)
         return leaves
 
     def _from(self, ctx: Context, tree: Tree, parent: int, slot: int) -> Tensor:

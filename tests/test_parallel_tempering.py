@@ -319,3 +319,17 @@ def test_a_model_that_moves_at_random_by_itself_has_no_noise_to_blend() -> None:
     with pytest.raises(OptionError, match="moves at random by itself"):
         steer(model, TABLE, ParallelTempering())
     assert model.rows == 0
+
+
+def test_starts_that_are_more_than_noise_are_not_blended() -> None:
+    class Pictures(GaussianMixture):
+        """Starts from a picture with noise on it, as image-to-image pipelines do."""
+
+        def noise(self, n, key, *, cond=0):
+            return 3.0 + super().noise(n, key, cond=cond)
+
+    model = Pictures([1.0], [[0.0] * 256], [1.0], steps=4)
+    with pytest.raises(OptionError, match="does not start from pure noise"):
+        steer(model, LinearReward([1.0] * 256), ParallelTempering())
+    assert model.rows == 0
+    assert len(steer(model, LinearReward([1.0] * 256), ParallelTempering(iterations=4, **TAIL)))
