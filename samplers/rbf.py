@@ -160,6 +160,11 @@ class RBF(Sampler):
         else:
             shape = SHAPES[self.grid](self.steps or _LEVELS)
         count = len(own) if shape is None else len(shape) - 1
+        if count < 2:
+            raise OptionError(
+                "rbf: one step has no level to search (the step to the end adds no noise). Give "
+                "it steps >= 2, or levels of its own instead of grid='own'."
+            )
         last = count - 2 if self.last_level is None else self.last_level
         if not 0 <= last <= count - 2:
             raise OptionError(

@@ -242,6 +242,8 @@ def test_levels_can_be_chosen() -> None:
     assert [t.t for t in given.times] == pytest.approx([1, 0.9, 0.4, 0])
     with pytest.raises(OptionError, match=r"lies in 0\.\.2"):
         RBF(steps=4, last_level=3).levels(plane())
+    with pytest.raises(OptionError, match="no level to search"):
+        RBF(grid="own").levels(plane(steps=1))
 
 
 def test_a_pipeline_that_starts_late_keeps_its_first_level() -> None:
