@@ -234,22 +234,35 @@ class Guide:
     def _look(
         self, x: Tensor, t: Time, xi: Tensor | None, i: int, grid: Grid, reward_scale: float
     ) -> Generator[Request, Any, Guided]:
-        pull = torch.zeros_like(x)
         if self.rho > 0.0:
-            leaf = x.detach().clone().requires_grad_()
-            prediction = yield Denoise(leaf, t, grad=True, checkpoint=self.checkpoint)
-            f = yield from self._smoothed(prediction.x0, xi, reward_scale)
-            pull = self._measured((yield Gradient(f, leaf)), f.detach())
-            prediction = detached(prediction)
+            prediction, pull = yield from self._pull(x, t, xi, reward_scale)
         else:
-            prediction = yield Denoise(x, t)
-        y = prediction.x0
+            prediction, pull = (yield Denoise(x, t)), torch.zeros_like(x)
+        y, strength = prediction.x0, self.mu * self.weight(grid, i)
         for _ in range(self.n_iter if self.mu > 0.0 else 0):
-            leaf = y.clone().requires_grad_()
-            f = yield from self._smoothed(leaf, xi, reward_scale)
-            slope = self._measured((yield Gradient(f, leaf)), f.detach())
-            y = y + self.mu * self.weight(grid, i) * slope
+            y = y + strength * (yield from self._slope(y, xi, reward_scale))
         return Guided(prediction, pull, y - prediction.x0)
+
+    # What carries a graph is local to these two, so that it is freed before the next call.
+
+    def _pull(
+        self, x: Tensor, t: Time, xi: Tensor | None, reward_scale: float
+    ) -> Generator[Request, Any, tuple[Prediction, Tensor]]:
+        """(prediction, gradient of f~ by x_t through the network)."""
+        leaf = x.detach().clone().requires_grad_()
+        prediction = yield Denoise(leaf, t, grad=True, checkpoint=self.checkpoint)
+        f = yield from self._smoothed(prediction.x0, xi, reward_scale)
+        slope = yield Gradient(f, leaf)
+        return detached(prediction), self._measured(slope, f.detach())
+
+    def _slope(
+        self, y: Tensor, xi: Tensor | None, reward_scale: float
+    ) -> Generator[Request, Any, Tensor]:
+        """Gradient of f~ by the estimate y itself."""
+        leaf = y.clone().requires_grad_()
+        f = yield from self._smoothed(leaf, xi, reward_scale)
+        slope = yield Gradient(f, leaf)
+        return self._measured(slope, f.detach())
 
     def _noise(self, z: Tensor, t: Time) -> Tensor | None:
         """xi [n, n_draws, *event] from standard normals."""

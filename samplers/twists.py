@@ -176,8 +176,8 @@ def raise_temper(state: State, rho: Tensor, low: float, share: float) -> float:
     """The temper in [low, 1] at which the effective sample size falls to share * n.
 
     The potential is temper * rho [n]. 1 where it never falls so far; ``low`` where it already
-    has. By bisection: Del Moral, Doucet & Jasra (2012), "An adaptive sequential Monte Carlo
-    method", section 3.
+    has. By bisection, as in Del Moral, Doucet & Jasra (2012), "An adaptive sequential Monte
+    Carlo method for approximate Bayesian computation".
     """
 
     def enough(temper: float) -> bool:
