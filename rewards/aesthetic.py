@@ -22,7 +22,7 @@ from steering.rewards import checkpoints
 from steering.rewards.base import register
 from steering.rewards.clip import Encoder, _encoder
 from steering.rewards.clip_loading import Loaded, load
-from steering.rewards.networked import Networked, as_features, find_file, read_state
+from steering.rewards.networked import Networked, Pooled, find_file, no_text, read_state
 
 _HEAD_V2 = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
 _FILES = {
@@ -179,24 +179,11 @@ def siglip(source: str, precision: str, device: str) -> Encoder:
     config = {"size": net.config.image_size, "resize_mode": "squash", **half}
     return Encoder(
         Loaded(
-            model=_Pooled(net),
-            tokenizer=_no_text,
+            model=Pooled(net),
+            tokenizer=no_text,
             preprocess=config,
             device=torch.device(device),
             dtype=dtype,
         ),
         "aesthetic",
     )
-
-
-class _Pooled(torch.nn.Module):
-    def __init__(self, net: torch.nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return as_features(self.net(pixel_values=pixels))
-
-
-def _no_text(texts: list[str]) -> Tensor:
-    raise NotImplementedError("this tower reads no text")

@@ -19,7 +19,7 @@ from steering.rewards.base import register
 from steering.rewards.calibration import groups
 from steering.rewards.clip import Encoder, _encoder
 from steering.rewards.clip_loading import Loaded, load
-from steering.rewards.networked import Networked, as_features, at_work, batches, needs_gradient
+from steering.rewards.networked import Networked, Pooled, at_work, batches, needs_gradient, no_text
 from steering.rewards.pixels import PixelSpec
 from steering.scoring import Scores
 
@@ -145,23 +145,10 @@ def dino(source: str, precision: str, device: str, reward: str) -> Encoder:
     dtype = checkpoints.dtype_of(precision, reward)
     net = checkpoints.load_model(AutoModel, folder, reward, dtype, device)
     loaded = Loaded(
-        model=_Pooled(net), tokenizer=_no_text, preprocess={}, device=torch.device(device),
+        model=Pooled(net), tokenizer=no_text, preprocess={}, device=torch.device(device),
         dtype=dtype,
     )  # fmt: skip
     encoder = Encoder(loaded, reward)
     patch = int(getattr(net.config, "patch_size", 14))
     encoder.pixels = _Crop(min(224, int(net.config.image_size)) // patch * patch)
     return encoder
-
-
-class _Pooled(torch.nn.Module):
-    def __init__(self, net: torch.nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return as_features(self.net(pixel_values=pixels))
-
-
-def _no_text(texts: list[str]) -> Tensor:
-    raise NotImplementedError("this tower reads no text")

@@ -110,6 +110,22 @@ def as_features(found: Any) -> Tensor:  # noqa: ANN401
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
+class Pooled(torch.nn.Module):
+    """A transformers image tower, asked as open_clip's are: its pooled output is the embedding."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return as_features(self.net(pixel_values=pixels))
+
+
+def no_text(texts: list[str]) -> Tensor:
+    """Stands where a tokenizer would, for towers that read pictures only."""
+    raise NotImplementedError("this tower reads no text")
+
+
 def find_file(source: str, name: str, reward: str, option: str = "model") -> Path:
     """A weights file: given itself, in a folder, or on the hub.
 
