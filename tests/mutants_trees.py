@@ -36,7 +36,7 @@ MUTANTS = (
         "samplers/tree.py",
         "            self._odds.pop(node, None)\n",
         "",
-        (f"{DTS}::test_visits_add_up", f"{DTS}::test_widening_follows_the_visits"),
+        (f"{TREE}::test_descents_follow_values_as_they_change",),
     ),
     Mutant(
         "tree: weights without the number of siblings",
@@ -65,14 +65,6 @@ MUTANTS = (
         "self._add(parent, next(x).clone(), visits[node])",
         "self._add(parent, next(x).clone(), 1)",
         (f"{TREE}::test_what_is_saved_comes_back",),
-    ),
-    Mutant(
-        "tree: written in place",
-        "samplers/tree.py",
-        "        with atomic(Path(path)) as temporary:\n            save_file(tensors, temporary,",
-        "        Path(path).unlink(missing_ok=True)\n"
-        "        with atomic(Path(path)) as temporary:\n            save_file(tensors, temporary,",
-        (f"{TREE}::test_a_failed_save_leaves_the_old_file",),
     ),
     Mutant(
         "dts: greedy descent",

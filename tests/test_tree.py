@@ -108,6 +108,14 @@ def test_draws_and_descents_follow_the_weights(backup: str) -> None:
         assert float(((counts - expected).abs() / error).max()) < 5.0
 
 
+def test_descents_follow_values_as_they_change() -> None:
+    tree = Tree([6], reward_scale=1.0)
+    tree.back_up([tree.grow(ROOT, [state(k)], r) for k, r in enumerate((9.0, 0.0))])
+    assert tree.choose(ROOT, 0.5) == tree.leaves[0]
+    tree.back_up([tree.grow(ROOT, [state(2)], 20.0)])
+    assert tree.choose(ROOT, 0.5) == tree.leaves[2]
+
+
 def test_samples_without_reward_are_never_drawn() -> None:
     tree = small(rewards=(-INF, -INF, 0.0, -INF))
     assert {tuple(x) for x in tree.sample(50).tolist()} == {(1.0, 3.0)}
