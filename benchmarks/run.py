@@ -1,6 +1,7 @@
 """All benchmarks: one script a claim, each side by side in one process, JSON beside the table.
 
-python -m benchmarks.run [share] [throughput] [methods] [--out DIR] [--prompts N] [--nfe N]
+python -m benchmarks.run [share] [throughput] [methods] [rewards] [--out DIR] [--prompts N]
+                         [--nfe N]
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import methods, share, throughput
+from benchmarks import methods, rewards, share, throughput
 
-CLAIMS = {"share": share.run, "throughput": throughput.run, "methods": methods.run}
+CLAIMS = {"share": share.run, "throughput": throughput.run, "methods": methods.run,
+          "rewards": rewards.run}  # fmt: skip
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from steering.rewards.compose import (
     RankMean,
     ZSum,
 )
+from steering.rewards.detection import Count, Presence
 from steering.rewards.detector import Detector
 from steering.rewards.diversity import Diversity
 from steering.rewards.ensemble import Ensemble
@@ -53,6 +54,7 @@ __all__ = [
     "Calibration",
     "Clip",
     "ClippedGradient",
+    "Count",
     "Detector",
     "Diversity",
     "Ensemble",
@@ -64,6 +66,7 @@ __all__ = [
     "Min",
     "PickScore",
     "PixelSpec",
+    "Presence",
     "RankMean",
     "RemoteReward",
     "Reward",

@@ -116,17 +116,21 @@ def qwen_vl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def word_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
-    """Words and punctuation, each text ended by </s> as T5 does it."""
+def word_tokenizer(end_last: bool = False) -> PreTrainedTokenizerFast:
+    """Words and punctuation, each text ended by </s> as T5 does it.
+
+    Args:
+        end_last: give </s> the highest id, where CLIP's text towers look for it.
+    """
     words = sorted({w for line in CORPUS for w in line.replace("?", " ?").split()})
     words += list("abcdefghijklmnopqrstuvwxyz.,:?'\"\n")
-    vocab = {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
+    first = ["<pad>", "<unk>"] if end_last else ["<pad>", "</s>", "<unk>"]
+    vocab = {w: i for i, w in enumerate(dict.fromkeys([*first, *words, "</s>"]))}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if eos:
-        inner.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)]
-        )
+    inner.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocab["</s>"])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
