@@ -68,9 +68,9 @@ def test_every_method_and_reward_is_in_the_guides():
 def test_the_readme_names_commands_that_exist():
     from steering.apps.cli import app
 
-    known = {command.callback.__name__ for command in app.registered_commands}
+    known = {c.name or c.callback.__name__ for c in app.registered_commands}
     known |= {group.name for group in app.registered_groups}
-    used = set(re.findall(r"^steer (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    used = set(re.findall(r"^steer ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
     assert used <= known
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text()))
