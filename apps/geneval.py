@@ -99,13 +99,18 @@ def run(
         raise OptionError(f"--engine {engine!r}: give local or ray.")
     with _workers(wanted, engine, address, workers) as (opened, samples):
         _make(out, wanted, opened, samples, records, source, resume, retry)
-    for key, error in look(out).quarantined.items():
-        console.print(f"Given up after two tries: prompt {key[0]}, image {key[1]}: {error}")
+    given_up = look(out).quarantined
+    for key, error in given_up.items():
+        console.print(
+            f"Given up after two tries: prompt {key[0]}, image {key[1]}: {error}", markup=False
+        )
     if score:
         _score(out, detector, colors, heldout, False, device)
         report([out], as_json=as_json)
     elif as_json:
         typer.echo(json.dumps({"out": str(out), "images": len(look(out).samples)}))
+    if given_up:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -232,7 +232,7 @@ def make(
     )  # fmt: skip
     with bar:
         while jobs := store.todo():
-            for made in source(jobs):
+            for made in source(jobs):  # a result or an error for each: this ends
                 store.add(made)
                 good |= not made.error
                 failed += bool(made.error)

@@ -112,10 +112,11 @@ class Mask2Former:
         for rows in _batches(images, self.batch_size):
             pixels, inner = mmdet_pixels(torch.stack([images[k] for k in rows]), self.size)
             answer = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
-            shapes = (tuple(pixels.shape[-2:]), inner, tuple(images[rows[0]].shape[-2:]))
+            (h, w), (height, width) = pixels.shape[-2:], images[rows[0]].shape[-2:]
             heads = zip(answer.class_queries_logits, answer.masks_queries_logits, strict=True)
             for k, (classes, masks) in zip(rows, heads, strict=True):
-                found[k] = self._decode(classes.float(), masks.float(), *shapes)
+                sizes = (h, w), inner, (height, width)
+                found[k] = self._decode(classes.float(), masks.float(), *sizes)
         return found
 
     def _decode(
@@ -305,13 +306,14 @@ def _read(kind: str, source: str) -> tuple[Any, Any]:
         else AutoModelForObjectDetection
     )
     try:
-        model, info = cls.from_pretrained(source, local_files_only=local, output_loading_info=True)
+        opened: Any = cls.from_pretrained(source, local_files_only=local, output_loading_info=True)
     except Exception as error:
         raise WeightsError(
             f"The detector {kind}={source!r} could not be opened ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}). Without a network, fetch the weights "
             f"elsewhere and give --detector {kind}=FOLDER."
         ) from error
+    model, info = opened
     if info["missing_keys"]:
         raise WeightsError(
             f"The weights in {source!r} lack {len(info['missing_keys'])} tensors of a "

@@ -259,6 +259,22 @@ def test_detr_family_decodes_both_kinds_of_heads(kind):
         np.testing.assert_allclose(image_found[0].box, rows[0][2], atol=1e-2)
 
 
+def test_a_detector_with_a_processor_sees_what_the_processor_makes(tmp_path):
+    from transformers import AutoImageProcessor, DetrImageProcessor
+
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    DetrImageProcessor(size=size).save_pretrained(tmp_path)
+    tiny_detr("conditional").save_pretrained(tmp_path)
+    opened = open_detector(f"detr={tmp_path}", device="cpu", rules=ALL)
+    image = photo(50, 70)
+    level = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+    inputs = AutoImageProcessor.from_pretrained(tmp_path)(images=level, return_tensors="pt")
+    assert max(inputs["pixel_values"].shape[-2:]) <= 96
+    with torch.no_grad():
+        expected = opened.model(**inputs).logits[0].sigmoid().max()
+    assert opened.detect([image])[0][0].score == pytest.approx(float(expected), abs=2e-3)
+
+
 def test_saved_detectors_open_again_and_missing_ones_say_so(tmp_path, monkeypatch):
     tiny_mask2former().save_pretrained(tmp_path / "m2f")
     detector = open_detector(f"mask2former={tmp_path / 'm2f'}", device="cpu")
