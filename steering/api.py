@@ -171,16 +171,26 @@ def _tasks(
     n = len(model.prompts)
     seeds = _seeds(seed, n)
     _warn_of_twins(model, seeds)
+    fitted, plan = plan_run(model, method, reward, budget)
+    return [
+        Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
+        for i, text in enumerate(model.prompts)
+    ]
+
+
+def plan_run(model: Model, method: Method, reward: Reward, budget: Budget) -> tuple[Method, Plan]:
+    """The method with its sizes set, and what it knows of the model, the budget and the reward.
+
+    Raises:
+        BudgetError, OptionError, RewardError: they do not fit together.
+    """
     grid = method.levels(model)
     spread = getattr(reward, "spread", None)
     plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
     fitted = method.fit(plan)
     _check_gradient(model, fitted, reward)
     _check_law(fitted, reward)
-    return [
-        Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
-        for i, text in enumerate(model.prompts)
-    ]
+    return fitted, plan
 
 
 def _check_gradient(model: Model, method: Method, reward: Reward) -> None:
