@@ -340,6 +340,8 @@ def as_guide(value: Guide | str | Mapping[str, Any] | None) -> Guide | None:
     if value is None or type(value) is Guide:
         return value
     if isinstance(value, str):
+        if value.lower() in ("none", ""):  # words of the command line
+            return None
         value = {"preset": value}
     if not isinstance(value, Mapping):
         raise OptionError(

@@ -427,6 +427,7 @@ def test_options_survive_json() -> None:
     assert result.recipe.method["options"]["guidance"]["normalise"] == "value"
     assert as_guide({"preset": "tfg", "rho": 0.5}) == Guide(**{**GUIDES["tfg"], "rho": 0.5})
     assert build_method("guidance/mpgd").rho == 0.0
+    assert build_method("fk", {"guidance": "none"}) == FK()
 
 
 @pytest.mark.parametrize(
