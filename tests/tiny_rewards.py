@@ -124,10 +124,13 @@ def slope_error(reward, images: torch.Tensor, prompts: list[str], step: float = 
         x = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reward(x, prompts).value.sum(), x)
         direction = gradient / gradient.flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
-        with torch.no_grad():
-            ahead, behind = (
-                reward(images + s * step * direction, prompts).value.double() for s in (1, -1)
-            )
+        # With a gradient asked for, as pixels that need none may take another way.
+        ahead, behind = (
+            reward((images + s * step * direction).requires_grad_(), prompts)
+            .value.detach()
+            .double()
+            for s in (1, -1)
+        )
     exact = (gradient * direction).flatten(1).sum(1).double()
     return float((((ahead - behind) / (2 * step) - exact).abs() / exact.abs()).max())
 
