@@ -39,6 +39,29 @@ Heldout = Annotated[
     list[str] | None, typer.Option("--heldout", help="Reward that scores but never guides.")
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Method = Annotated[
+    str, typer.Option("--method", help="See `steer methods`; 'unsteered' is one sample.")
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option("--prompts", help="A file like GenEval's evaluation_metadata.jsonl."),
+]
+Number = Annotated[
+    int | None, typer.Option("--n", help="Only so many prompts, spread over the list.")
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: an option of the method, or of the pipeline call."),
+]
+Retry = Annotated[
+    bool, typer.Option("--retry-quarantined", help="Another try for images given up.")
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Of a Ray cluster; none starts one here.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Ray workers; one per GPU, or one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -46,36 +69,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as t
 def run(
     out: Annotated[Path, typer.Option("--out", help="Folder of this run.")],
     model: Annotated[str, typer.Option("--model", help="'stickers', folder, hub id.")] = STICKERS,
-    method: Annotated[
-        str, typer.Option("--method", help="See `steer methods`; 'unsteered' is one sample.")
-    ] = "fk",
+    method: Method = "fk",
     reward: Annotated[str, typer.Option("--reward", help="Guiding reward.")] = "clip",
     heldout: Heldout = None,
     nfe: Annotated[int | None, typer.Option("--nfe", help="Network rows of one image.")] = None,
     images_per_prompt: Annotated[int, typer.Option("--images-per-prompt")] = 4,
-    prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", help="A file like GenEval's evaluation_metadata.jsonl."),
-    ] = None,
-    n: Annotated[
-        int | None, typer.Option("--n", help="Only so many prompts, spread over the list.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="key=value: an option of the method, or of the pipeline call."),
-    ] = None,
+    prompts: Prompts = None,
+    n: Number = None,
+    settings: Setting = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    retry: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Another try for images given up.")
-    ] = False,
+    retry: Retry = False,
     engine: Annotated[str, typer.Option("--engine", help="local or ray.")] = "local",
-    address: Annotated[
-        str | None, typer.Option("--address", help="Of a Ray cluster; none starts one here.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", help="Ray workers; one per GPU, or one.")
-    ] = None,
+    address: Address = None,
+    workers: Workers = None,
     max_batch: Annotated[int | None, typer.Option("--max-batch")] = None,
     dtype: Annotated[str, typer.Option("--dtype")] = "auto",
     device: Device = None,
