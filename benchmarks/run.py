@@ -1,7 +1,8 @@
 """All benchmarks: one script a claim, each side by side in one process, JSON beside the table.
 
-python -m benchmarks.run [share] [throughput] [methods] [rewards] [--out DIR] [--prompts N]
-                         [--nfe N]
+python -m benchmarks.run [CLAIM ...] [--out DIR] [--prompts N] [--nfe N]
+
+Claims: share, throughput, sequential, methods, rewards.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import methods, rewards, share, throughput
+from benchmarks import methods, rewards, sequential, share, throughput
 
-CLAIMS = {"share": share.run, "throughput": throughput.run, "methods": methods.run,
-          "rewards": rewards.run}  # fmt: skip
+CLAIMS = {
+    "share": share.run,
+    "throughput": throughput.run,
+    "sequential": sequential.run,
+    "methods": methods.run,
+    "rewards": rewards.run,
+}
 
 
 def main() -> None:
