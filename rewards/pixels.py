@@ -214,24 +214,18 @@ class PixelSpec:
 
 def _by_pil(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """The same result by PIL, which skips the zeros of the filters; width first in any release."""
-    levels = (images.detach().double().clamp(0, 1) * 255).round().byte()
     resample = Image.Resampling[interpolation.upper()]
-    rgb = levels.ndim > 2 and levels.shape[-3] == 3
-    flat = levels.movedim(-3, -1) if rgb else levels
-    pictures = flat.reshape(-1, *flat.shape[-3 if rgb else -2 :]).contiguous().numpy()
-    found = np.stack(
-        [
-            np.asarray(
-                Image.fromarray(picture)
-                .resize((size[1], picture.shape[0]), resample)
-                .resize((size[1], size[0]), resample)
-            )
-            for picture in pictures
-        ]
-    )
-    result = torch.from_numpy(found)
-    if rgb:
-        result = result.movedim(-1, -3)
+    rgb = images.ndim > 2 and images.shape[-3] == 3
+    found = []
+    # One at a time, so that the float64 copy stays in the cache.
+    for one in images.detach().reshape(-1, *images.shape[-3 if rgb else -2 :]):
+        levels = one.double().clamp_(0, 1).mul_(255).round_().byte()
+        levels = levels.movedim(0, -1).contiguous() if rgb else levels
+        picture = Image.fromarray(levels.numpy())
+        picture = picture.resize((size[1], picture.height), resample)
+        found.append(torch.from_numpy(np.array(picture.resize((size[1], size[0]), resample))))
+    result = torch.stack(found)
+    result = result.movedim(-1, -3) if rgb else result
     return (result.double() / 255).float().reshape(*images.shape[:-2], *size)
 
 

@@ -98,9 +98,8 @@ def test_the_server_gives_what_the_model_gives_here(qwen, server, pictures):
     for options in ({"task": "yes_no"}, {"task": "rubric", "aspects": "colour"}):
         here = VLM(model=str(qwen), precision="fp32", **options)(x, prompts)
         there = VLM(model="tiny", url=server, concurrency=3, **options)(x, prompts)
-        assert here.parts["mass"].min() > 0.04  # so that the 20 likeliest tokens say enough
-        torch.testing.assert_close(there.value, here.value, rtol=0, atol=0.02)
-        torch.testing.assert_close(there.parts["mass"], here.parts["mass"], rtol=0, atol=0.02)
+        torch.testing.assert_close(there.value, here.value, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(there.parts["mass"], here.parts["mass"], rtol=1e-2, atol=1e-4)
 
 
 def test_written_answers_are_the_same_here_and_there(qwen, server, pictures):

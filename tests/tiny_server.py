@@ -112,7 +112,8 @@ def model_app(folder: Any) -> FastAPI:
         steps = []
         for _ in range(body["max_tokens"]):
             logp = model(**inputs, use_cache=False).logits[0, -1].log_softmax(-1)
-            top = logp.topk(body["top_logprobs"])
+            # more than asked for where one token is read, so that both sides see the same sums
+            top = logp.topk(body["top_logprobs"] if body["max_tokens"] > 1 else len(logp))
             token = int(logp.argmax())
             if token == words.eos_token_id:
                 break
