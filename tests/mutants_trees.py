@@ -71,7 +71,7 @@ MUTANTS = (
         "samplers/dts.py",
         "return tree.choose(node, next(uniforms))",
         "return max(tree.children[node], key=lambda c: tree.value[c])",
-        (f"{DTS}::test_at_reward_scale_zero_the_law_is_the_models_own",),
+        (f"{DTS}::test_dts_descends_by_chance",),
     ),
     Mutant(
         "dts: no exploration",
@@ -85,21 +85,21 @@ MUTANTS = (
         "samplers/tree_search.py",
         "slots = [first + j for j in order[:walking]]",
         "slots = [j for j in order[:walking]]",
-        (f"{DTS}::test_a_tree_is_gone_on_with", f"{DTS}::test_a_tree_of_fixed_width_is_unbiased"),
+        (f"{DTS}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
         "dts: noise by position in the round",
         "samplers/tree_search.py",
         'ctx.key("init").at(slot=slot)',
         'ctx.key("init").at(slot=slot % self.width)',
-        (f"{DTS}::test_a_tree_is_gone_on_with", f"{DTS}::test_a_tree_of_fixed_width_is_unbiased"),
+        (f"{DTS}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
         "dts: finished rollouts in the order of their starts",
         "samplers/tree_search.py",
         "x = x[torch.tensor(order).argsort().to(x.device)]",
         "x = x + 0",
-        (f"{DTS}::test_a_tree_is_gone_on_with", f"{DTS}::test_a_tree_of_fixed_width_is_unbiased"),
+        (f"{DTS}::test_every_state_hangs_on_the_state_it_came_from",),
     ),
     Mutant(
         "dts: states kept one step late",
@@ -169,7 +169,7 @@ MUTANTS = (
         "samplers/particle_gibbs.py",
         'chosen = multinomial(w, 1, ctx.key(_name("reference", sweep)))',
         'chosen = multinomial(torch.ones_like(w) / len(w), 1, ctx.key(_name("reference", sweep)))',
-        (f"{GIBBS}::test_sweeps_sample_the_tilted_law",),
+        (f"{GIBBS}::test_the_path_to_keep_is_drawn_by_weight",),
     ),
     Mutant(
         "gibbs: kept path's own potential forgotten",

@@ -263,6 +263,24 @@ def test_the_first_round_fills_its_width_and_limits_hold(tmp_path) -> None:
     assert len(tree.children[ROOT]) == 3
 
 
+def test_every_state_hangs_on_the_state_it_came_from(tmp_path) -> None:
+    """Nothing ever moves in this chain, so a path through the tree has one state."""
+    still = FiniteChain([1 / 40] * 40, torch.eye(40, dtype=torch.float64).expand(6, 40, 40))
+    method = DTS(trajectories=20, width=6, branch_levels=(0.0, 0.34, 0.67), widening=1.0)
+    tree, result = kept(tmp_path, still, TableReward(torch.linspace(0, 3, 40)), method)
+    assert any(row != sorted(row) for row in result.trace.column("parents"))
+    for leaf in tree.leaves:
+        assert len({int(tree.states[n]) for n in tree.path(leaf)[1:]}) == 1
+
+
+def test_dts_descends_by_chance() -> None:
+    tree = Tree([6], reward_scale=1.0)
+    tree.back_up([tree.grow(ROOT, [torch.zeros(1)], math.log(w)) for w in (1.0, 3.0)])
+    uniforms = iter(((torch.arange(400) + 0.5) / 400).tolist())
+    found = [DTS()._descend(tree, ROOT, uniforms) for _ in range(400)]
+    assert [found.count(leaf) for leaf in tree.leaves] == [100, 300]
+
+
 def test_states_of_the_tree_are_those_of_the_walks(tmp_path) -> None:
     """One rollout of one row follows best-of-N's only path through the levels."""
     seen = {}
@@ -350,14 +368,15 @@ def test_reward_calls_are_a_budget_too() -> None:
 
 
 def test_a_tree_is_gone_on_with(tmp_path) -> None:
-    method = DTS(trajectories=6, reward_scale=1.0, width=2)
+    levels = {"branch_levels": (0.0, 0.5), "width": 2}
+    method = DTS(trajectories=6, reward_scale=1.0, **levels)
     before, first = kept(tmp_path, line(), LINE, method, seed=2)
     file = str(tmp_path / "kept.safetensors")
-    more = DTS(trajectories=6, reward_scale=3.0, width=2, load_tree=file, save_tree=file)
+    more = DTS(trajectories=6, reward_scale=3.0, load_tree=file, save_tree=file, **levels)
     second = steer(line(), LINE, more, seed=2)
     after = Tree.load(file)
     n = len(before.leaves)
-    assert len(second) == len(after.leaves) > n + 5
+    assert len(second) == len(after.leaves) >= n + 5
     assert after.reward_scale == 3.0
     assert [after.reward[k] for k in after.leaves[:n]] == [before.reward[k] for k in before.leaves]
     states = {float(after.states[k]) for k in range(1, len(after))}
@@ -366,7 +385,7 @@ def test_a_tree_is_gone_on_with(tmp_path) -> None:
     assert second.ledger.decodes == second.ledger.reward_calls + n
     assert second.ledger.nfe <= 6 * 8
     assert torch.equal(second.rewards, LINE(second.samples).float().double())
-    best = steer(line(), LINE, DTSStar(trajectories=1, load_tree=file), seed=5)
+    best = steer(line(), LINE, DTSStar(trajectories=1, load_tree=file, **levels), seed=5)
     assert best.best_reward >= first.best_reward
 
 
