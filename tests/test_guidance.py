@@ -314,9 +314,10 @@ def test_guided_fk_has_the_target_of_fk(guide: str) -> None:
 
 @pytest.mark.parametrize("world", ["line", "sixteen"])
 def test_guided_fk_in_one_and_sixteen_dimensions(world: str) -> None:
-    method = FK(
-        n_particles=N, reward_scale=WORLDS[world][2], checkpoints=(0.5,), guidance=Guide(rho=0.8)
-    )
+    """Measured: 1.1 and 0.1 standard errors."""
+    guide = Guide(rho={"line": 0.8, "sixteen": 0.4}[world])
+    scale = WORLDS[world][2]
+    method = FK(n_particles=N, reward_scale=scale, checkpoints=(0.5,), guidance=guide)
     assert worst(world, method) < 5.0
 
 
