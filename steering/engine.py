@@ -178,6 +178,8 @@ class Engine:
                 answers = self.answers(group, requests)
             for task, request, answer in zip(group, requests, answers, strict=True):
                 task.best.note(request, answer)
+                if isinstance(request, Score) and isinstance(answer, Scores):
+                    task.trace.note(answer, request.final, task.ledger)
                 if getattr(request, "grad", False) and not isinstance(answer, BaseException):
                     answer = self.graphs.hold(task, request, answer)
                 self._advance(task, pending, answer)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from steering.ledger import Ledger
 from steering.requests import Progress
+from steering.scoring import Scores
 
 
 @dataclass(eq=False)
 class Trace:
-    """One event per Progress of a method: {"step", "of", "nfe", ...info}."""
+    """One event per Progress of a method: {"step", "of", "nfe", ...info}, and one per call of a
+    reward that leaves notes: {"nfe", "final", "notes"}."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -28,6 +30,12 @@ class Trace:
                 **{k: _plain(v) for k, v in progress.info.items()},
             }
         )
+
+    def note(self, scores: Scores, final: bool, ledger: Ledger) -> None:
+        """Records what a judge wrote about the pictures of one call, where it wrote anything."""
+        if scores.notes:
+            spent = {"nfe": ledger.nfe, "reward_calls": ledger.reward_calls}
+            self.events.append({**spent, "final": final, "notes": scores.notes})
 
     def column(self, name: str) -> list[Any]:
         """The values of one entry over the events that have it."""

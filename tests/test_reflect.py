@@ -96,6 +96,7 @@ def test_words_of_the_reward_are_feedback():
         return Scores(value, notes={"why": [f"{float(v):.3f}" for v in value]})
 
     result = steering.steer(line(), reward=reward, method=Reflect(rounds=2, n=3))
+    assert [len(notes["why"]) for notes in result.trace.column("notes")] == [3, 3]
     for rewards, words in zip(
         result.trace.column("rewards"), result.trace.column("feedback"), strict=True
     ):
