@@ -226,7 +226,8 @@ class Engine:
         todo, parts = [batch.order], []
         errors: dict[int, Exception] = {}
         while todo:
-            rows, size = batch.without(todo.pop(), errors), self.limits[batch.kind]
+            rows = batch.without(todo.pop(), errors)
+            size = len(rows) if _whole(batch.tasks[0], batch.kind) else self.limits[batch.kind]
             if len(rows) > size:
                 todo.append(rows[size:])
             rows = rows[:size]
@@ -285,8 +286,15 @@ def _shared(task: Task, request: Request) -> tuple[object, ...]:
     if isinstance(request, Gradient | Share):
         return ()
     reward = id(task.reward) if isinstance(request, Score) else None
+    if _whole(task, type(request)):
+        reward = id(task)
     keeps = getattr(request, "grad", False), getattr(request, "checkpoint", False)
     return (reward, *keeps)
+
+
+def _whole(task: Task, kind: type) -> bool:
+    """Whether a reward compares the pictures of a request, so that they must come in one call."""
+    return kind is Score and not getattr(task.reward, "stationary", True)
 
 
 def _ended(task: Task, value: object) -> tuple[Outcome | None, TypeError | None]:

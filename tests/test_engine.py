@@ -629,3 +629,18 @@ def test_tasks_with_different_rewards_do_not_share_a_call() -> None:
     two.reward = resolve_reward(lambda images: images[:, 0] + 100.0)
     Engine(model).run([one, two])
     assert float(one.outcome.reward[0]) < 50 < float(two.outcome.reward[0])
+
+
+def test_a_reward_that_compares_pictures_sees_each_request_whole_and_alone() -> None:
+    sizes = []
+
+    class Rank:
+        name, spec, differentiable, stationary = "rank", None, False, False
+
+        def __call__(self, images, prompts, *, metadata=None):
+            sizes.append((len(images), len(set(prompts))))
+            return Scores(images[:, 0].argsort().argsort().double())
+
+    model = GaussianMixture([1.0], [0.0], [1.0], steps=2, prompts=("a", "b", "c"))
+    steering.steer(model, reward=Rank(), method=BestOfN(n=6), max_batch=4)
+    assert sizes == [(6, 1)] * 3
