@@ -69,6 +69,8 @@ class BestOfN(Sampler):
             raise OptionError(f"best_of_n: k must lie in 1..n, got k={self.k}, n={self.n}.")
         if self.k > 1 and self.select in ("argmax", "all"):
             raise OptionError(f"best_of_n: k={self.k} needs select='top_k' or 'soft'.")
+        # An instance is as honest as its options.
+        object.__setattr__(self, "target", "tilted" if self.weighed else "maximum")
         if self.guide is not None:
             if self.weighed:
                 check_weighed("best_of_n", self.guide, self.kernel())
@@ -99,7 +101,8 @@ class BestOfN(Sampler):
     def fit(self, plan: Plan) -> BestOfN:
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
-            n = afford(plan, lambda n: replace(self, n=n, k=1).cost(plan), 16, "sample")
+            default = max(16, self.k)
+            n = afford(plan, lambda n: replace(self, n=n, k=1).cost(plan), default, "sample")
             return replace(fitted, n=n)
         within_budget(plan, self.cost(plan), f"best_of_n with n={self.n}")
         return fitted

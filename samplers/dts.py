@@ -47,6 +47,9 @@ class DTS(TreeSearch):
         super().__post_init__()
         if self.k is not None and self.k < 1:
             raise OptionError(f"dts: k must be at least 1, got {self.k}.")
+        # An instance is as honest as its options: means and maxima are no soft values.
+        target = "tilted" if self.backup == "soft" else "heuristic"
+        object.__setattr__(self, "target", target)
 
     def _descend(self, tree: Tree, node: int, uniforms: Iterator[float]) -> int:
         return tree.choose(node, next(uniforms))
@@ -54,7 +57,8 @@ class DTS(TreeSearch):
     def _chosen(self, ctx: Context, tree: Tree) -> tuple[list[int], Tensor, float | None]:
         # Where a node branches more often the better it looks, the root's value is biased low:
         # it is an estimate of ln Z only while nothing branches but the noise.
-        log_z = tree.value[ROOT] if len(tree.levels) == 1 else None
+        flat = self.backup == "soft" and len(tree.levels) == 1
+        log_z = tree.value[ROOT] if flat else None
         if self.k is None:
             return tree.leaves, tree.log_weights(), log_z
         drawn = tree.draw(self.k, ctx.key("select"))

@@ -121,6 +121,9 @@ class FK(Sampler):
         scheme(self.resampler)
         check_scale("fk", self.reward_scale)
         self._check_stochastic()
+        # An instance is as honest as its options.
+        target = "tilted" if self.mode == "exact" else "heuristic"
+        object.__setattr__(self, "target", target)
         if self.guide is not None:
             check_weighed("fk", self.guide, self.kernel())
             if self.mode == "authors":

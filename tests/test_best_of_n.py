@@ -148,6 +148,7 @@ def test_cost_and_budget() -> None:
     assert (result.ledger.nfe, result.ledger.decodes, result.ledger.reward_calls) == (96, 16, 16)
     assert model.rows == 96
     assert len(steer(BestOfN(select="all"))) == 16
+    assert len(steer(BestOfN(select="top_k", k=20))) == 20
     with pytest.raises(BudgetError, match="one sample needs 6 here"):
         steer(BestOfN(), model=line(steps=6), nfe=5)
     with pytest.raises(BudgetError, match="best_of_n with n=4 needs nfe=24, the budget is 23"):
@@ -168,3 +169,8 @@ def test_cost_and_budget() -> None:
 def test_options_that_make_no_sense(options: dict) -> None:
     with pytest.raises(OptionError, match="best_of_n"):
         BestOfN(**options)
+
+
+def test_an_instance_says_what_its_options_aim_at() -> None:
+    targets = [BestOfN(select=s).target for s in ("argmax", "top_k", "soft", "all")]
+    assert targets == ["maximum", "maximum", "tilted", "tilted"]

@@ -156,6 +156,13 @@ def test_without_branching_it_is_best_of_n_bit_for_bit(model: str) -> None:
     assert torch.equal(best.rewards, base.rewards[:1])
 
 
+@pytest.mark.parametrize("backup", ["mean", "max"])
+def test_backups_that_are_no_soft_values_claim_neither_target_nor_normaliser(backup: str) -> None:
+    method = DTS(backup=backup, branch_levels=(), trajectories=6)
+    assert (DTS().target, method.target) == ("tilted", "heuristic")
+    assert steer(line(), LINE, method).log_z is None
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_a_model_without_noise_in_its_steps_can_still_choose_its_start(width: int) -> None:
     result = steer(

@@ -536,3 +536,7 @@ def test_exact_mode_has_none_of_them(bench) -> None:
     log_z = model.log_normaliser(LINE)
     assert errors([math.exp(r.log_z - log_z) for r in results], 1.0) < 5.0
     assert abs(sum(means) / R - 2.521) < 0.12
+
+
+def test_the_authors_mode_claims_no_target() -> None:
+    assert (FK().target, FK(mode="authors").target) == ("tilted", "heuristic")
