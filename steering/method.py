@@ -16,13 +16,14 @@ from torch import Tensor
 
 from steering.errors import OptionError, unknown_name
 from steering.grids import Grid
+from steering.kernels.step import move as fused_move
 from steering.ledger import Budget
 from steering.model import Model
 from steering.noise import NoiseKey
 from steering.paths import Prediction, Time
 from steering.registry import METHODS
 from steering.requests import Run
-from steering.transitions import Transition
+from steering.transitions import Transition, affine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,8 @@ class Context:
     ) -> Tensor:
         """One transition from t to u; noise is named by step and slot, never by ancestor.
 
-        A model whose own ``transition`` can ``propose`` makes the move itself.
+        A model whose own ``transition`` can ``propose`` makes the move itself. On CUDA the move
+        and its noise are one fused pass.
         """
         slots = len(x) if slots is None else slots
         key = self.key(stream, step)
@@ -169,6 +171,9 @@ class Context:
             z = key.normal(slots, x.shape[1:]).to(x.device)
             uniform = key.at(stream=f"{stream}/choice").uniform(slots)
             return propose(x, prediction, t, u, z, uniform.to(x.device))
+        if x.is_cuda and (known := affine(transition)) and not prediction.x0.requires_grad:
+            how = known.weights(t, u, self.model.path)
+            return fused_move(x, prediction.x0, prediction.eps, how, key.numbers(slots)).x
         move = transition(x, prediction, t, u, self.model.path)
         if not move.random:
             return move.mean

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+from steering.kernels.philox import MASK as _MASK
+from steering.kernels.philox import MULTIPLIERS as _MULTIPLIERS
+from steering.kernels.philox import WEYL as _WEYL
+from steering.kernels.philox import Stream, box_muller
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ class NoiseKey:
         ``slots`` is a count n (slots ``self.slot`` to ``self.slot + n - 1``) or a list of offsets.
         """
         width = math.prod(shape)
-        words = self._words(slots, -(-width // 4), device, kind=0)
-        u = (words.double() + 0.5) * 2.0**-32
-        radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
-        angle = 2.0 * math.pi * u[..., 1::2]
-        pair = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
-        rows = pair.flatten(1)[:, :width].float()
+        rows = box_muller(self._words(slots, -(-width // 4), device, kind=0), width)
         return rows.reshape(rows.shape[0], *shape)
 
     def uniform(
@@ -74,6 +69,15 @@ class NoiseKey:
         u = ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
         return u.flatten(1)[:, :width].reshape(-1, *shape)
 
+    def numbers(self, slots: int | Sequence[int]) -> Stream:
+        """The numbers of :meth:`normal` as a fused kernel draws them, by name."""
+        offsets = range(slots) if isinstance(slots, int) else slots
+        if isinstance(offsets, range) and offsets.step == 1:
+            rows: Sequence[int] = range(self.slot + offsets.start, self.slot + offsets.stop)
+        else:
+            rows = [self.slot + k for k in offsets]
+        return Stream(self._digest(), rows)
+
     def _digest(self, suffix: str = "") -> int:
         name = f"{self.seed}/{self.stream}/{self.step}{suffix}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
@@ -83,47 +87,26 @@ class NoiseKey:
 
         ``kind`` keeps the normal and the uniform numbers of one key independent.
         """
-        offsets = range(slots) if isinstance(slots, int) else slots
-        rows, digest = [self.slot + k for k in offsets], self._digest()
+        digest, rows = self.numbers(slots)
+        if torch.device(device).type != "cpu":
+            return Stream(digest, rows).words(blocks, device, kind)
         low, high = [k & _MASK for k in rows], [k >> 32 & _MASK for k in rows]
-        if torch.device(device).type == "cpu":
-            shape = (len(rows), blocks)
-            counter = (
-                np.broadcast_to(np.arange(blocks, dtype=np.uint32), shape),
-                np.broadcast_to(np.array(low, np.uint32)[:, None], shape),
-                np.full(shape, kind, np.uint32),
-                np.broadcast_to(np.array(high, np.uint32)[:, None], shape),
-            )
-            words = np.empty((*shape, 4), np.int64)
-            np.stack(_philox_numpy(*counter, digest & _MASK, digest >> 32), -1, out=words)
-            return torch.from_numpy(words)
-        block = torch.arange(blocks, device=device).expand(len(rows), blocks)
-        c1, c3 = (torch.tensor(k, device=device)[:, None].expand_as(block) for k in (low, high))
-        c2 = torch.full_like(block, kind)
-        return torch.stack(_philox(block, c1, c2, c3, digest & _MASK, digest >> 32), -1)
-
-
-def _philox(
-    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on counters as int64 in [0, 2**32), any device."""
-    # int64 products wrap modulo 2**64, which leaves both 32-bit halves of the product intact.
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (p1 >> 32 & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            (p0 >> 32 & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
+        shape = (len(rows), blocks)
+        counter = (
+            np.broadcast_to(np.arange(blocks, dtype=np.uint32), shape),
+            np.broadcast_to(np.array(low, np.uint32)[:, None], shape),
+            np.full(shape, kind, np.uint32),
+            np.broadcast_to(np.array(high, np.uint32)[:, None], shape),
         )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+        words = np.empty((*shape, 4), np.int64)
+        np.stack(_philox_numpy(*counter, digest & _MASK, digest >> 32), -1, out=words)
+        return torch.from_numpy(words)
 
 
 def _philox_numpy(
     c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, k0: int, k1: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The same on uint32 counters on the CPU, in half the time."""
+    """`steering.kernels.philox.philox` on uint32 counters on the CPU, in half the time."""
     for _ in range(10):
         low0, high0 = _halves(c0, _MULTIPLIERS[0])
         low1, high1 = _halves(c2, _MULTIPLIERS[1])

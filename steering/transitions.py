@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError, SteeringError
+from steering.kernels.step import Move
 from steering.paths import Path, Prediction, Time, Times, coefficient
 
 
@@ -130,6 +131,11 @@ class EtaKernel:
         alpha = coefficient(u, lambda level: level.alpha, x)
         return Step(alpha * pred.x0 + kept * pred.eps, std)
 
+    def weights(self, t: Time, u: Time, path: Path) -> Move:
+        """The same step as weights of a fused pass."""
+        std = kernel_std(t, u, self.eta)
+        return Move(0.0, u.alpha, _kept(u.sigma, std), std)
+
 
 ODE = EtaKernel(eta=0.0)
 """The deterministic flow, first order with exact coefficients."""
@@ -155,13 +161,31 @@ class EulerMaruyama:
     def __call__(self, x: Tensor, pred: Prediction, t: Times, u: Times, path: Path) -> Step:
         if not (isinstance(t, Time) and isinstance(u, Time)):
             raise OptionError("Euler-Maruyama steps take one noise level at a time.")
-        dt = t.t - u.t
-        g = self.g(replace(t, alpha=u.alpha) if t.alpha < _NO_SIGNAL else t, path)
+        dt, g = t.t - u.t, self._noise(t, u, path)
         drift = -pred.velocity(path, t.t)
         if g > 0.0:
             drift = drift + 0.5 * g * g * pred.score(t)
-        std = 0.0 if u.end or u.sigma == 0.0 else g * math.sqrt(dt)
-        return Step(x + dt * drift, std)
+        return Step(x + dt * drift, self._std(g, dt, u))
+
+    def weights(self, t: Time, u: Time, path: Path) -> Move:
+        """The same step as weights of a fused pass."""
+        dt, g = t.t - u.t, self._noise(t, u, path)
+        da, ds = path.slopes(t.t)
+        score = 0.5 * g * g / t.sigma if g > 0.0 else 0.0
+        return Move(1.0, -dt * da, -dt * (ds + score), self._std(g, dt, u))
+
+    def _noise(self, t: Time, u: Time, path: Path) -> float:
+        return self.g(replace(t, alpha=u.alpha) if t.alpha < _NO_SIGNAL else t, path)
+
+    @staticmethod
+    def _std(g: float, dt: float, u: Time) -> float:
+        return 0.0 if u.end or u.sigma == 0.0 else g * math.sqrt(dt)
+
+
+def affine(transition: Transition) -> EtaKernel | EulerMaruyama | None:
+    """The transition, where its ``weights`` say all of it: subclasses may move otherwise."""
+    known = type(transition) in (EtaKernel, EulerMaruyama)
+    return transition if known else None  # type: ignore[return-value]
 
 
 def eta_to_g(eta: float | Callable[[float], float]) -> Callable[[Time, Path], float]:

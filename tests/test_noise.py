@@ -11,9 +11,9 @@ from scipy import stats
 
 from steering.analytic import GaussianMixture
 from steering.errors import OptionError
+from steering.kernels.philox import philox
 from steering.noise import (
     NoiseKey,
-    _philox,
     _philox_numpy,
     blend,
     categorical,
@@ -52,7 +52,7 @@ def chi2_errors(x: torch.Tensor) -> tuple[float, float, float]:
 )
 def test_philox_known_answers(counter: list[int], key: list[int], out: list[int]) -> None:
     """The vectors published with Salmon et al. 2011 (Random123, kat_vectors)."""
-    words = _philox(*(torch.tensor([c]) for c in counter), *key)
+    words = philox(*(torch.tensor([c]) for c in counter), *key)
     assert [int(w) for w in words] == out
     words = _philox_numpy(*(np.array([c], np.uint32) for c in counter), *key)
     assert [int(w[0]) for w in words] == out
@@ -60,7 +60,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], out: list[int]
 
 def test_both_forms_give_equal_words_on_wide_counters() -> None:
     counters = np.random.default_rng(0).integers(0, 2**32, (4, 7, 33), dtype=np.uint32)
-    wide = _philox(*(torch.from_numpy(c.astype(np.int64)) for c in counters), 11, 2**32 - 5)
+    wide = philox(*(torch.from_numpy(c.astype(np.int64)) for c in counters), 11, 2**32 - 5)
     narrow = _philox_numpy(*counters, 11, 2**32 - 5)
     for a, b in zip(wide, narrow, strict=True):
         assert np.array_equal(a.numpy(), b.astype(np.int64))
