@@ -402,3 +402,19 @@ def test_check_takes_a_wrapped_model():
         assert report.ok
         assert isinstance(model, WrappedPipeline)
         assert model.predict(draw(model, 1), model.grid().times[0]).x0.shape[0] == 1
+
+
+def test_parameters_stay_out_of_the_graph_and_keep_their_flags():
+    pipe, call = tiny.build("sd3")
+    pipe.transformer.requires_grad_(True)
+    flags = [p.requires_grad for p in pipe.transformer.parameters()]
+    model = wrap(pipe, **call)
+    x = model.noise(1, NoiseKey(0, "x")).requires_grad_()
+    x0 = model.predict(x, model.grid().times[1], grad=True).x0
+    total = model.decode(x0, grad=True).sum()
+    assert [p.requires_grad for p in pipe.transformer.parameters()] == flags
+    total.backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in pipe.transformer.parameters())
+    assert all(p.grad is None for p in pipe.vae.parameters())

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -202,8 +203,7 @@ class WrappedPipeline:
         """The guided prediction at states x [n, *event_shape], float32.
 
         Rows at different times are asked separately unless ``mixed_times``; then ``max_batch``
-        splits. With ``grad`` the result carries a graph back to x; freeze the networks'
-        parameters (``requires_grad_(False)``) to keep that graph small.
+        splits. With ``grad`` the result carries a graph back to x, and to no parameter.
 
         Raises:
             OptionError: shapes, times or conds that do not fit together.
@@ -231,7 +231,7 @@ class WrappedPipeline:
         outs = []
         for rows in self._split(times, conds):
             query = self._script.query(_take(x, rows), [times[r] for r in rows])
-            with self._meter.on():
+            with self._meter.on(), frozen(self.pipe, grad):
                 outs.append(self._script.ask(tuple(conds[r] for r in rows), query, grad))
             order += rows
         return _restore(outs, order)
@@ -289,10 +289,11 @@ class WrappedPipeline:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, x: Tensor, grad: bool) -> Tensor:
-        try:
-            out = self._leave(x, grad)
-        except UnboundLocalError:  # it decodes something its loop makes: go round once
-            out = self._leave(x, grad, once=True)
+        with frozen(self.pipe, grad):
+            try:
+                out = self._leave(x, grad)
+            except UnboundLocalError:  # it decodes something its loop makes: go round once
+                out = self._leave(x, grad, once=True)
         images = out if isinstance(out, Tensor) else out[0]  # some return no tuple
         if not isinstance(images, Tensor) or len(images) != len(x):
             raise PipelineError(
@@ -338,6 +339,22 @@ class WrappedPipeline:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextmanager
+def frozen(pipe: Any, grad: bool) -> Iterator[None]:
+    """No parameter of the pipeline joins a graph made inside: that would keep every layer's input
+    for derivatives that nobody asks for."""
+    parts = pipe.components.values() if grad else ()
+    modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+    live = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in live:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in live:
+            parameter.requires_grad_()
 
 
 def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
