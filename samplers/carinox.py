@@ -60,10 +60,11 @@ class CARINOX(NoiseOptimisation):
         images = yield Decode(x0, grad=True, checkpoint=self.checkpoint)
         scores = yield Score(images, x0.detach(), final=True, grad=True)
         parts = self._components(scores.value, scores.parts)
-        total = [torch.zeros_like(z) for z in noise]
+        free = leaves[self._free(ctx) :]
+        total = [torch.zeros_like(z) for z in free]
         for j, part in enumerate(parts):
-            slopes = yield Gradient(part, tuple(leaves), retain=j + 1 < len(parts))
-            mine = clipped([s.to(z) for s, z in zip(slopes, noise, strict=True)],
+            slopes = yield Gradient(part, tuple(free), retain=j + 1 < len(parts))
+            mine = clipped([s.to(z) for s, z in zip(slopes, free, strict=True)],
                            self.component_clip)  # fmt: skip
             total = [a + b for a, b in zip(total, mine, strict=True)]
         return Iterate(x0.detach(), images.detach(), as_float64(scores.value), tuple(total))

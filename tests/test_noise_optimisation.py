@@ -237,10 +237,11 @@ def test_the_step_is_the_slope_of_the_whole_sampler(checkpoint):
 
 def test_noise_before_the_differentiated_steps_stays():
     """With the last step alone, only the noise that enters before it moves."""
-    method = DNO(n_iterations=4, differentiate_last=1, lr=0.1, eta=0.5)
-    result = steering.steer(two(), reward=BOWL, method=method)
-    assert result.ledger.nfe_backward == 3
-    assert len(set(map(tuple, result.trace.column("radius")))) == 1
+    options = {"n_iterations": 4, "differentiate_last": 1, "variables": "all", "eta": 0.5}
+    for cls in (DNO, CARINOX):
+        result = steering.steer(two(), reward=BOWL, method=cls(lr=0.1, restarts=1, **options))
+        assert result.ledger.nfe_backward == 3
+        assert len(set(map(tuple, result.trace.column("radius")))) == 1
     everything = steering.steer(two(), reward=BOWL, method=DNO(n_iterations=4, lr=0.1, eta=0.5))
     assert len(set(map(tuple, everything.trace.column("radius")))) == 4
 
