@@ -25,7 +25,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "guidance_scale": 4.0,
         "max_sequence_length": T5_ZEROS,
     },
-    "stickers-sd": {"num_inference_steps": 25, "guidance_scale": 4.0},
+    "stickers-sd": {"num_inference_steps": 20, "guidance_scale": 4.0},
     "stickers-turbo": {
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
