@@ -117,7 +117,8 @@ def test_verdicts_equal_the_local_engines(runs):
         score_folder(place, scorer, show=False)
         rows = Journal(place / "results.jsonl").rows
         tables.append({(r["prompt_index"], r["image"]): (r["correct"], r["reason"]) for r in rows})
-    assert len(tables[1]) == len(RECORDS) - 1
+    deadly = sum(DEADLY in r["prompt"] for r in RECORDS)
+    assert len(tables[1]) == len(RECORDS) - deadly > 4
     assert {k: v for k, v in tables[0].items() if k in tables[1]} == tables[1]
     seeds = [
         {(r["prompt"], r["image"]): r.get("seed") for r in Journal(p / "samples.jsonl").rows}
