@@ -253,7 +253,9 @@ class Guide:
         prediction = yield Denoise(leaf, t, grad=True, checkpoint=self.checkpoint)
         f = yield from self._smoothed(prediction.x0, xi, reward_scale)
         slope = yield Gradient(f, leaf)
-        return detached(prediction), self._measured(slope, f.detach())
+        # By a state c times as large a slope is c times as small.
+        size = math.sqrt(t.alpha**2 + t.sigma**2)
+        return detached(prediction), self._measured(slope, f.detach(), size)
 
     def _slope(
         self, y: Tensor, xi: Tensor | None, reward_scale: float
@@ -285,14 +287,18 @@ class Guide:
         f = reward_scale * scores.value.double().reshape(-1, len(y))
         return f[0] if len(f) == 1 else torch.logsumexp(f, 0) - math.log(len(f))
 
-    def _measured(self, slope: Tensor, f: Tensor) -> Tensor:
-        """A gradient [n, *event] without NaN, normalised and clipped."""
+    def _measured(self, slope: Tensor, f: Tensor, scale: float = 1.0) -> Tensor:
+        """A gradient [n, *event] without NaN, normalised and clipped.
+
+        Args:
+            scale: of that by which is differentiated, against unit variance.
+        """
         slope, _ = usable(slope)
         if self.normalise != "none":
             size = f.abs().clamp_min(1e-6).to(slope)
             if self.normalise == "unit":
                 norm = slope.flatten(1).norm(dim=1).clamp_min(1e-30)
-                size = norm / math.sqrt(slope[0].numel())
+                size = norm * scale / math.sqrt(slope[0].numel())
             slope = slope / size.reshape(-1, *[1] * (slope.ndim - 1))
         return clipped(slope, self.clip_norm, None)
 
@@ -304,7 +310,8 @@ class Guide:
         values = [a / b for a, b in pairwise(shares)]
         if self.schedule == "decrease":
             values = [1.0 - a for a in values]
-        return values[i] * len(values) / sum(values)
+        total = sum(values)  # 0 where one step leads from pure noise to data
+        return values[i] * len(values) / total if total else 0.0
 
     def shift(
         self,

@@ -10,6 +10,7 @@ restarts and prompts share calls; clipping, optimiser and regulariser act row by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -180,7 +181,7 @@ class NoiseOptimisation(Sampler):
     def _start(self, ctx: Context) -> list[Tensor]:
         """Master copies of what is optimised, at least float32: x_T, then step noises."""
         x = ctx.noise(self.restarts)
-        noise = [x.to(torch.promote_types(x.dtype, torch.float32))]
+        noise = [x.to(torch.promote_types(x.dtype, torch.float32)) / size_of_start(ctx)]
         if self.variables == "all":
             # The last step of a grid adds no noise.
             noise += [
@@ -219,7 +220,7 @@ class NoiseOptimisation(Sampler):
         self, ctx: Context, noise: list[Tensor], grad: bool
     ) -> Generator[Request, Any, Tensor]:
         """G without its decoder: x0 [n, *event] as a function of the noise."""
-        x, kernel = noise[0], self.kernel()
+        x, kernel = noise[0] * size_of_start(ctx), self.kernel()
         for i, (t, u) in enumerate(ctx.grid.steps()):
             live = grad and i >= self._free(ctx)
             prediction = yield Denoise(x, t, grad=live, checkpoint=live and self.checkpoint)
@@ -267,6 +268,16 @@ class NoiseOptimisation(Sampler):
             z.grad = g
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+
+
+def size_of_start(ctx: Context) -> float:
+    """The norm of a starting state over sqrt(d): 1, but for coordinates that explode.
+
+    Regularisers, step sizes and perturbations are meant for noise of N(0, I).
+    """
+    first = ctx.grid.times[0]
+    size = math.sqrt(first.alpha**2 + first.sigma**2)
+    return size if size > 1.5 else 1.0
 
 
 def clipped(grads: list[Tensor], limit: float | None) -> list[Tensor]:

@@ -63,4 +63,11 @@ MUTANTS = (
         "max(0, len(ctx.grid) - self.differentiate_last - 1)",
         (f"{NOISE}::test_noise_before_the_differentiated_steps_stays",),
     ),
+    Mutant(
+        "noise of exploding coordinates is not scaled down",
+        "samplers/noise_optimisation.py",
+        "return size if size > 1.5 else 1.0",
+        "return 1.0",
+        ("tests/test_coordinates.py::test_noise_is_optimised_as_noise",),
+    ),
 )

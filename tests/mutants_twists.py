@@ -255,4 +255,18 @@ MUTANTS = (
         "if False:",
         (f"{_GUIDED}::test_bad_options",),
     ),
+    Mutant(
+        "guidance: unit slopes of another size in other coordinates",
+        "samplers/guides.py",
+        "size = norm * scale / math",
+        "size = norm / math",
+        ("tests/test_coordinates.py::test_guidance_leans_equally_far",),
+    ),
+    Mutant(
+        "guidance: a schedule without a sum",
+        "samplers/guides.py",
+        "/ total if total else 0.0",
+        "/ total",
+        ("tests/test_coordinates.py::test_a_single_step_has_a_schedule_too",),
+    ),
 )
