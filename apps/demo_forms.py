@@ -90,7 +90,7 @@ def option_fields(cls: type) -> list[Field]:
                 help=lines.get(f.name, ""),
             )
         )
-    return sorted(found, key=lambda f: f.name in ("eta", "transition", "grid", "steps"))
+    return sorted(found, key=lambda f: f.name in ("eta", "eta_end", "transition", "grid", "steps"))
 
 
 def read_options(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

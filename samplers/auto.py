@@ -171,8 +171,8 @@ class Auto(Sampler):
         if n < 1:
             return None
         shared: dict[str, Any] = {
-            "eta": self.eta, "transition": self.transition, "grid": self.grid, "steps": self.steps,
-        }  # fmt: skip
+            name: getattr(self, name) for name in ("eta", "eta_end", "transition", "grid", "steps")
+        }
         if name == "fk" and self.follow != "best_of_n":
             scale = self.reward_scale
             return FK(n_particles=n, reward_scale=plan.scale(scale), **shared)

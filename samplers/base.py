@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from steering.errors import BudgetError, OptionError, unknown_name
-from steering.grids import SHAPES, Grid, on_path
+from steering.grids import SHAPES, Grid, starting_at
+from steering.kernels.step import Move
 from steering.method import Context, Cost, Plan, as_float64, coerce
 from steering.model import Model
+from steering.paths import Path, Prediction, Time, Times
 from steering.requests import Decode, Progress, Request, Score
 from steering.transitions import (
     EtaKernel,
     FullRenoise,
+    Step,
     Transition,
     dance_grpo,
     flow_grpo,
@@ -33,6 +36,37 @@ TRANSITIONS: dict[str, Callable[[], Transition]] = {
     "full_renoise": FullRenoise,
 }
 
+
+@dataclass(frozen=True, kw_only=True)
+class EtaSchedule:
+    """The eta-kernel with ``eta`` at pure noise, ``end`` on data, a straight line between.
+
+    The line is drawn over the noise share, which does not depend on the path.
+    """
+
+    eta: float
+    end: float
+    preserves_marginals = True
+
+    @property
+    def stochastic(self) -> bool:
+        return max(self.eta, self.end) > 0.0
+
+    def __call__(self, x: Tensor, pred: Prediction, t: Times, u: Times, path: Path) -> Step:
+        if not isinstance(t, Time):
+            raise OptionError("An eta schedule takes one noise level at a time.")
+        return self.at(t)(x, pred, t, u, path)
+
+    def weights(self, t: Time, u: Time, path: Path) -> Move:
+        """The same step as weights of a fused pass."""
+        return self.at(t).weights(t, u, path)
+
+    def at(self, t: Time) -> EtaKernel:
+        """The kernel of a step that starts at t."""
+        share = t.sigma / (t.alpha + t.sigma)
+        return EtaKernel(eta=min(1.0, share * self.eta + (1.0 - share) * self.end))
+
+
 _DOUBTFUL = 10.0
 """How far below the worst finite preview a preview of -inf counts, in log weight."""
 
@@ -44,11 +78,15 @@ class Sampler:
     Attributes:
         eta: noise of the eta-kernel: 0 follows the ODE, 1 is the memoryless SDE.
         transition: "eta" for the eta-kernel, or an Euler-Maruyama preset by name.
-        grid: "own" for the pipeline's noise levels, or the name of another shape.
+        eta_end: where given, eta moves on a straight line from ``eta`` at pure noise to this on
+            data, as the noise share sigma / (alpha + sigma) falls.
+        grid: "own" for the pipeline's noise levels, or the name of another shape below its first
+            level.
         steps: number of steps of another shape; the pipeline's own number by default.
     """
 
     eta: float = 0.0
+    eta_end: float | None = None
     transition: str = "eta"
     grid: str = "own"
     steps: int | None = None
@@ -70,19 +108,24 @@ class Sampler:
             )
         if self.steps is not None and self.steps < 1:
             raise OptionError(f"steps must be at least 1, got {self.steps}.")
-        EtaKernel(eta=self.eta)
+        for eta in (self.eta, self.eta_end):
+            EtaKernel(eta=eta or 0.0)
+        if self.eta_end is not None and self.transition != "eta":
+            raise OptionError(f"eta_end belongs to transition='eta', not to {self.transition!r}.")
 
     def kernel(self) -> Transition:
         """The transition these options name."""
         if self.transition == "eta":
-            return EtaKernel(eta=self.eta)
+            own = EtaKernel(eta=self.eta)
+            return own if self.eta_end is None else EtaSchedule(eta=self.eta, end=self.eta_end)
         return TRANSITIONS[self.transition]()
 
     def levels(self, model: Model) -> Grid:
         """The noise levels to visit."""
+        own = model.grid()
         if self.grid == "own":
-            return model.grid()
-        return on_path(model.path, SHAPES[self.grid](self.steps or len(model.grid())))
+            return own
+        return starting_at(own.times[0], model.path, self.grid, self.steps or len(own))
 
 
 def check_scale(name: str, reward_scale: float | None) -> None:

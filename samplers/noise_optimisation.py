@@ -110,7 +110,8 @@ class NoiseOptimisation(Sampler):
                 f"{self.name}: momentum must lie in [0, 1) and reg_weight must not be negative, "
                 f"got {self.momentum} and {self.reg_weight}."
             )
-        if self.variables == "all" and not self.kernel().stochastic:
+        still = self.transition == "eta" and not self.eta
+        if self.variables == "all" and (still or not self.kernel().stochastic):
             raise OptionError(
                 f"{self.name}: variables='all' optimises the noise of every step, but eta=0 adds "
                 "none. Set eta > 0, or variables='initial'."

@@ -255,6 +255,8 @@ class ParticleGibbs(Sampler):
             log_p = own.log_prob(after, state.x, t, u)
         else:
             step = self.kernel()(state.x, state.prediction, t, u, ctx.model.path)
+            if not step.random:  # nothing but its own past leads there
+                return torch.zeros(1, dtype=torch.int64)
             log_p = step.log_prob(after)
         log_w = state.log_w - state.phi + log_p.to(state.log_w)
         return categorical(normalise(log_w), ctx.key(_name("ancestor", sweep), i).uniform(1))

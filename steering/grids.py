@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from steering.errors import OptionError
-from steering.paths import Path, Time
+from steering.paths import Linear, Path, Time
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,19 @@ SHAPES: dict[str, Callable[..., list[float]]] = {
     "karras": karras,
     "rbf": rbf,
 }
+
+
+def starting_at(first: Time, path: Path, shape: str, n: int) -> Grid:
+    """n steps of a shape on a path, from ``first`` on: the starting noise fits no other level.
+
+    Shapes are squeezed below its time (img2img starts late); "karras" goes by noise levels.
+    """
+    if shape == "karras":
+        top = min(80.0, math.exp(-first.log_snr))
+        ts = same_log_snr(karras(n, sigma_max=top), Linear(), path)
+    else:
+        ts = [first.t * t for t in SHAPES[shape](n)]
+    return Grid((first, *[path.at(t) for t in ts[1:-1]], replace(path.at(0.0), end=True)))
 
 
 def _ramp(n: int) -> list[float]:

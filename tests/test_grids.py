@@ -17,6 +17,7 @@ from steering.grids import (
     rbf,
     same_log_snr,
     shifted,
+    starting_at,
     sway,
     uniform,
 )
@@ -141,3 +142,28 @@ def test_a_grid_says_which_node_is_wrong() -> None:
         Grid(times)
     with pytest.raises(OptionError, match="at least 2"):
         Grid(times[:1])
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_a_shape_starts_where_the_noise_fits(shape: str) -> None:
+    """img2img starts late, and VE noise has the size of its own first level."""
+    for path in (Linear(), VP(), VE(14.6)):
+        first = path.at(0.6)
+        grid = starting_at(first, path, shape, 5)
+        assert grid.times[0] is first
+        assert len(grid) == 5
+        assert (grid.times[-1].t, grid.times[-1].end) == (0.0, True)
+    if shape != "karras":
+        whole = starting_at(Linear().at(1.0), Linear(), shape, 5)
+        assert whole == on_path(Linear(), SHAPES[shape](5))
+
+
+def test_karras_levels_are_the_same_on_every_path() -> None:
+    ratios = []
+    for path in (Linear(), VP(), VE(14.6)):
+        first = path.at(same_log_snr([10 / 11], Linear(), path)[0])
+        grid = starting_at(first, path, "karras", 6)
+        ratios.append([t.sigma / t.alpha for t in grid.times[:-1]])
+    known = [t / (1 - t) for t in karras(6, sigma_max=10.0)[:-1]]
+    for found in ratios:
+        assert found == pytest.approx(known, rel=1e-6)
