@@ -24,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from steering.errors import OptionError
+from steering.kernels.resize import Axis, axis
+from steering.kernels.resize import resize as banded
 
 Mode = Literal["shortest", "longest_pad", "squash", "pad_square"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos", "box"]
@@ -97,6 +99,15 @@ def _coefficients(size_in: int, size_out: int, interpolation: str) -> Tensor:
     return torch.round(matrix * 2**22) / 2**22
 
 
+@lru_cache(maxsize=128)
+def _axis(size_in: int, size_out: int, interpolation: str, device: str) -> Axis | None:
+    """The tables of one pass; None where the size stays."""
+    if size_in == size_out:
+        return None
+    with torch.inference_mode(False):
+        return axis(_coefficients(size_in, size_out, interpolation), device)
+
+
 def resize(
     images: Tensor,
     size: tuple[int, int],
@@ -113,6 +124,12 @@ def resize(
     """
     height, width = images.shape[-2:]
     wants_gradient = torch.is_grad_enabled() and images.requires_grad
+    if quantise and images.device.type != "mps":
+        across = _axis(width, size[1], interpolation, str(images.device))
+        down = _axis(height, size[0], interpolation, str(images.device))
+        if all(way is None or way.exact for way in (across, down)):
+            with torch.autocast(images.device.type, enabled=False):
+                return banded(images, across, down)
     if quantise and images.device.type == "cpu" and not wants_gradient:
         return _by_pil(images, size, interpolation)
     exact = quantise and images.device.type != "mps"  # which has no float64
