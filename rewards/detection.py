@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from steering.errors import OptionError
 from steering.rewards import checkpoints, detection_models
@@ -119,6 +118,8 @@ class _Detection(Reward):
         best = scores.detach().argmax(-1) == column
         mine, boxes = scores[best, column], corners[best]
         if self.overlap < 1:
+            from torchvision.ops import nms
+
             return mine[nms(boxes, mine.detach(), self.overlap)]
         return mine.sort(descending=True).values
 

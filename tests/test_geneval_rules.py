@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from steering.rewards.geneval import (
 )
 from steering.stickers.grammar import RELATIONS, record
 
-OFFICIAL = Path(__file__).resolve().parents[2] / "shared/data/geneval/evaluation_metadata.jsonl"
+DATA = Path(os.environ.get("STEERING_TEST_DATA", "no-test-data"))
+OFFICIAL = DATA / "geneval" / "evaluation_metadata.jsonl"
 SIDE, STRIDE = 80, 120
 SCENES = 360
 

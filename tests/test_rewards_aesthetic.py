@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tests.tiny_rewards import (
     tensor,
 )
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "aesthetic"
+DATA = Path(os.environ.get("STEERING_TEST_DATA", "no-test-data")) / "aesthetic"
 WIDTHS = (24, 16, 12, 8, 4, 1)
 NUMBERS = {"v2": (0, 2, 4, 6, 7), "v2.5": (0, 2, 4, 6, 8)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from steering.rewards.calibration import Constants, groups
 from steering.rewards.categories import CARINOX, CATEGORIES, guess
 from steering.scoring import heldout_labels, searched
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+DATA = Path(os.environ.get("STEERING_TEST_DATA", "no-test-data"))
 
 
 @register("test_plane")
