@@ -37,6 +37,7 @@ _KEY = re.compile(r"([A-Za-z_]\w*)\s*=\s*")
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _BARE = re.compile(r"[^,()'\"]+")
 _SAFE = re.compile(r"[\w./:@+\\~-]+")
+_LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/[\w./-]*)?")
 
 
 def as_reward(obj: object, *, allow_python: bool = True) -> Reward:
@@ -45,8 +46,8 @@ def as_reward(obj: object, *, allow_python: bool = True) -> Reward:
     Args:
         obj: a reward object, a registered name, a spec string (``python:package.module:function``
             names code of your own) or a callable ``fn(images, prompts)`` or ``fn(images)``.
-        allow_python: whether ``python:`` may import the user's code. Pass False for a spec that
-            came out of a file.
+        allow_python: whether ``python:`` may import the user's code, and a judge's ``url`` may
+            send a key of this machine away. Pass False for a spec that came out of a file.
 
     Raises:
         OptionError: none of these, an unknown name or option, or a spec that cannot be read.
@@ -150,7 +151,11 @@ class _Parser:
         if not self.take("("):
             return _build(name, entry, {})
         members = self.members() if getattr(entry, "takes_rewards", False) else []
-        return _build(name, entry, self.options(), members)
+        options = self.options()
+        if not self.allow_python and _tells_a_key(entry, options):
+            what = f"{name!r} would send a key of this machine to an address of its own choice. "
+            raise self.error(f"{what}If you trust it, give the reward yourself", at=start)
+        return _build(name, entry, options, members)
 
     def members(self) -> list[Reward]:
         """The rewards that stand before the options of a reward made of rewards."""
@@ -176,7 +181,7 @@ class _Parser:
                 raise self.error(f"the option {key[1]!r} is given twice")
             self.at = key.end()
             if value := _QUOTED.match(self.text, self.at):
-                found[key[1]] = (ast.literal_eval(value[0]), True)
+                found[key[1]] = (self.unquoted(value[0]), True)
             elif value := _BARE.match(self.text, self.at):
                 found[key[1]] = (value[0].strip(), False)
             else:
@@ -185,6 +190,12 @@ class _Parser:
             if not self.take(",") and self.peek() != ")":
                 raise self.error("expected , or )")
         return found
+
+    def unquoted(self, text: str) -> str:
+        try:
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            raise self.error("a backslash in quotes is written twice") from None
 
     def peek(self) -> str:
         """The next character that is no space, "" at the end."""
@@ -205,6 +216,14 @@ class _Parser:
         rest = self.text[at : at + 20]
         seen = f"at position {at}, {rest!r}" if rest else "at its end"
         return OptionError(f"Cannot read the reward {self.text!r} {seen}: {what}.")
+
+
+def _tells_a_key(entry: Any, options: Mapping[str, tuple[str, bool]]) -> bool:  # noqa: ANN401
+    """Whether these options choose who gets the key that an environment variable holds."""
+    if "key_env" not in _known_options(entry):
+        return False
+    url, _ = options.get("url", ("", False))
+    return "key_env" in options or (bool(url) and not _LOCAL.fullmatch(url))
 
 
 def _build(

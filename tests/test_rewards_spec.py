@@ -139,6 +139,29 @@ def test_python_functions_only_with_consent(tmp_path, monkeypatch):
     assert as_reward("0.5*jpeg", allow_python=False).spec == "0.5*jpeg"
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["vlm(url=http://elsewhere/v1)", "clip + unified(url='https://127.0.0.1.elsewhere/v1')",
+     "zsum(vlm(url='http://127.0.0.1@elsewhere/v1'), clip)", "vlm(key_env=AWS_SECRET)",
+     "unified_pairs(url=http://127.0.0.1:8000/v1, key_env=AWS_SECRET)"],
+)  # fmt: skip
+def test_a_spec_from_a_file_does_not_say_who_gets_a_key(spec):
+    with pytest.raises(OptionError, match=r"would send a key.*give the reward yourself"):
+        as_reward(spec, allow_python=False)
+    assert as_reward(spec).spec is not None
+
+
+def test_a_spec_from_a_file_may_ask_this_machine_or_send_no_key():
+    for spec in ("vlm(url=http://127.0.0.1:8000/v1)", "vlm(model=m)", "remote(url=http://far:1)"):
+        assert as_reward(spec, allow_python=False).spec == spec
+
+
+def test_a_lone_backslash_in_quotes_is_told():
+    with pytest.raises(OptionError, match="written twice"):
+        as_reward(r"clip(pretrained='C:\Users\clip.pt')")
+    assert as_reward(r"clip(pretrained='C:\\Users')").pretrained == r"C:\Users"
+
+
 def test_registered_function_has_options_and_a_spec():
     images = torch.tensor([0.1, 0.2, 0.4]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
     found = as_reward("test_channel(index=2, gain=2)")
