@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -13,26 +13,27 @@ import torch
 class ModuleClock:
     """Adds up the time between entering and leaving some modules (outermost call only)."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.seconds = 0.0
         self.depth = 0
         self.since = 0.0
 
     def enter(self, *_: object) -> None:
         if self.depth == 0:
-            self.since = time.perf_counter()
+            self.since = self.now()
         self.depth += 1
 
     def leave(self, *_: object) -> None:
         self.depth -= 1
         if self.depth == 0:
-            self.seconds += time.perf_counter() - self.since
+            self.seconds += self.now() - self.since
 
 
 @contextlib.contextmanager
-def clocked(pipe: object) -> Iterator[ModuleClock]:
+def clocked(pipe: object, now: Callable[[], float] = time.perf_counter) -> Iterator[ModuleClock]:
     """A clock over every network of a pipeline: denoiser, text encoders, decoder."""
-    clock, handles = ModuleClock(), []
+    clock, handles = ModuleClock(now), []
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     for module in modules:
         targets = [module]

@@ -22,6 +22,9 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
+    attention: str = "native",
+    compile: bool | str = False,
+    vae: str | None = None,
 ) -> Any:  # noqa: ANN401
     """A diffusers pipeline, ready to be steered.
 
@@ -30,10 +33,61 @@ def load(
             model_index.json, or a hub id.
         dtype: "auto" is bfloat16 where the hardware multiplies it fast, float32 elsewhere.
         device: "cuda" where there is one, by default.
+        attention: "native" is torch's own; "auto" tries all there are and takes the fastest that
+            gives right numbers, see :func:`steering.attention.use_attention`.
+        compile: torch.compile for the denoisers: True, or a mode ("reduce-overhead" for CUDA
+            graphs), see :func:`steering.compiled.compile_networks`.
+        vae: "slicing" decodes one image at a time, "tiling" also in tiles: less memory for time.
 
     Raises:
         WeightsError: not found, not readable, or no network for a hub id.
+        OptionError: an option that does not exist, or that the autoencoder does not have.
     """
+    _check_options(attention, compile, vae)
+    pipe = _open(source, dtype, device)
+    if vae is not None:
+        _save_memory(pipe, vae)
+    if attention != "native":
+        from steering.attention import use_attention
+
+        use_attention(pipe, attention)
+    if compile:
+        from steering.compiled import compile_networks
+
+        compile_networks(pipe, "default" if compile is True else compile)
+    return pipe
+
+
+def _check_options(attention: str, compile: bool | str, vae: str | None) -> None:
+    from steering.compiled import MODES
+    from steering.kernels.attention import BACKENDS
+
+    for name, value, known in (
+        ("attention", attention, ("auto", *BACKENDS)),
+        ("mode of compile", compile, (True, False, *MODES)),
+        ("vae", vae, (None, "slicing", "tiling")),
+    ):
+        if value not in known:
+            said = ", ".join(str(k) for k in known)
+            raise OptionError(f"Unknown {name} {value!r}. Known: {said}.")
+
+
+def _save_memory(pipe: Any, vae: str) -> None:  # noqa: ANN401
+    part = getattr(pipe, "vae", None)
+    for what in ("slicing", "tiling") if vae == "tiling" else ("slicing",):
+        enable = getattr(part, f"enable_{what}", None)
+        if enable is None:
+            raise OptionError(
+                f"vae={vae!r}: {type(part).__name__} of {type(pipe).__name__} has no {what}."
+            )
+        enable()
+
+
+def _open(
+    source: str | os.PathLike[str],
+    dtype: str | torch.dtype,
+    device: str | None,
+) -> Any:  # noqa: ANN401
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = as_dtype(dtype, device)
     if str(source) in SHIPPED:
