@@ -173,7 +173,8 @@ def rows(data: dict[str, Any]) -> Rows:
 def bar_of(part: str, figure: str, data: dict[str, Any]) -> str:
     """The bar of a figure; those of the other generators hang on `stickers`."""
     if figure == "overall" and part.startswith("stickers-") and "stickers" in data:
-        return f">= {data['stickers']['overall'] - WITHIN:.3f}"
+        middle = data["stickers"]["overall"]
+        return f"{middle - WITHIN:.3f} - {middle + WITHIN:.3f}"
     return BARS.get(f"{part}/{figure}", "")
 
 
