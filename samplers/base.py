@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,14 @@ class EtaSchedule:
         share = t.sigma / (t.alpha + t.sigma)
         return EtaKernel(eta=min(1.0, share * self.eta + (1.0 - share) * self.end))
 
+
+Damping = Literal["measured", "none"]
+# The first is the line through the next two: nobody has measured it.
+_SLOPES = (
+    (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0),
+    (0.02, 0.19, 0.36, 0.58, 0.72, 0.82, 0.9, 1.0),
+)
+"""Shares of the steps made, and the slopes measured there."""
 
 _DOUBTFUL = 10.0
 """How far below the worst finite preview a preview of -inf counts, in log weight."""
@@ -225,14 +234,24 @@ def checkpoint_steps(
     return sorted(i for i in steps if i < len(grid) - 1)
 
 
+def damping(rule: Damping, grid: Grid, step: int) -> float:
+    """The share of its reward that an estimate of x0 made after ``step`` steps counts.
+
+    "measured" is the slope of the regression of final rewards on those of one-step estimates
+    within a prompt, a mean over FLUX.1 and SDXL at 20 steps with ImageReward, HPS and PickScore,
+    from the rewards published with TTSnap.
+    """
+    return 1.0 if rule == "none" else float(np.interp(step / len(grid), *_SLOPES))
+
+
 def preview(
-    ctx: Context, x0: Tensor, reward_scale: float | None, step: int
+    ctx: Context, x0: Tensor, reward_scale: float | None, step: int, factor: float = 1.0
 ) -> Generator[Request, Any, Tensor]:
     """Decodes and scores estimates of x0 [n, *event]: finite log potentials [n], float64."""
     images = yield Decode(x0)
     scores = yield Score(images, x0)
     yield Progress(step=step, of=len(ctx.grid), preview=images)
-    return lift(tilt(as_float64(scores.value), reward_scale))
+    return factor * lift(tilt(as_float64(scores.value), reward_scale))
 
 
 def lift(rho: Tensor) -> Tensor:

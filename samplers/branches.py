@@ -29,7 +29,15 @@ from steering.noise import NoiseKey, categorical
 from steering.particles import State, ess, log_mean_exp, resample
 from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
 from steering.resampling import scheme
-from steering.samplers.base import Sampler, check_scale, fit_population, preview, tilt
+from steering.samplers.base import (
+    Damping,
+    Sampler,
+    check_scale,
+    damping,
+    fit_population,
+    preview,
+    tilt,
+)
 
 
 class Segment(NamedTuple):
@@ -54,6 +62,8 @@ class Branches(Sampler):
             "argmax", a greedy search for high reward.
         start: share of the steps made before which nothing is judged: one-step estimates of x0
             say little before a quarter of them.
+        damping: "measured" lets early potentials count less, by the measured slope of final
+            rewards on those of estimates; "none" takes them in full. No matter to "argmax".
         resample: resampling across particles after a choice: "never", "always", or "ess" when
             the effective sample size falls below ess_threshold * n_particles. "softmax" only.
         resampler: a scheme of steering.resampling.
@@ -64,6 +74,7 @@ class Branches(Sampler):
     reward_scale: float | None = None
     select: Literal["softmax", "argmax"] = "softmax"
     start: float = 0.25
+    damping: Damping = "measured"
     resample: Literal["never", "ess", "always"] = "never"
     ess_threshold: float = 0.5
     resampler: str = "systematic"
@@ -192,7 +203,8 @@ class Branches(Sampler):
         if at < len(ctx.grid):
             prediction = yield Denoise(state.x, ctx.grid.times[at])
             state = replace(state, prediction=prediction)
-            rho = yield from preview(ctx, prediction.x0, self.reward_scale, at)
+            part = damping(self.damping, ctx.grid, at)
+            rho = yield from preview(ctx, prediction.x0, self.reward_scale, at, part)
             return state.set_potential(rho)
         images = yield Decode(state.x)
         scores = yield Score(images, state.x, final=True)
@@ -216,7 +228,8 @@ class Branches(Sampler):
 
     def _resample(self, ctx: Context, state: State, at: int) -> Generator[Request, Any, State]:
         size = ess(state.log_w)
-        info = {"ess": size, "node": at, "rewards": state.phi / (self.reward_scale or 1.0)}
+        scale = (self.reward_scale or 1.0) * damping(self.damping, ctx.grid, at)
+        info = {"ess": size, "node": at, "rewards": state.phi / scale}
         low = self.resample == "ess" and size < self.ess_threshold * len(state)
         if self.resample == "always" or low:
             key = ctx.key("resample", at)

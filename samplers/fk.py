@@ -30,7 +30,16 @@ from steering.paths import Time
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import scheme
-from steering.samplers.base import Sampler, afford, check_scale, lift, tilt, within_budget
+from steering.samplers.base import (
+    Damping,
+    Sampler,
+    afford,
+    check_scale,
+    damping,
+    lift,
+    tilt,
+    within_budget,
+)
 from steering.samplers.fk_authors import run_authors
 from steering.samplers.guides import Guide, as_guide, check_weighed
 from steering.samplers.twists import require_gaussian
@@ -46,6 +55,14 @@ POTENTIALS: dict[str, Potential] = {
 }
 
 
+_AUTHORS: dict[str, object] = {
+    "n_particles": 4,
+    "potential": "max",
+    "checkpoints": (0.2, 0.4, 0.6, 0.8),
+    "damping": "none",
+}
+
+
 @METHODS.register("fk")
 @dataclass(frozen=True, kw_only=True)
 class FK(Sampler):
@@ -58,6 +75,9 @@ class FK(Sampler):
         potential: "difference", "max", "sum", "none", or a function of rho [m, n] -> [n].
         checkpoints: where to score and resample, as fractions of the steps made.
         noise_levels: the same as noise shares sigma / (alpha + sigma), instead of fractions.
+        damping: "measured" lets early potentials count less, by the measured slope of final
+            rewards on those of one-step estimates; "none" takes them in full, as look-ahead and
+            draws always do.
         resample: "ess" when the effective sample size falls below ess_threshold * n_particles,
             "always" or "never".
         resampler: a scheme of steering.resampling.
@@ -75,6 +95,7 @@ class FK(Sampler):
     potential: str | Potential = "difference"
     checkpoints: tuple[float, ...] = (0.4, 0.55, 0.7, 0.85)
     noise_levels: tuple[float, ...] | None = None
+    damping: Damping = "measured"
     resample: Literal["ess", "always", "never"] = "ess"
     ess_threshold: float = 0.5
     resampler: str = "systematic"
@@ -94,8 +115,8 @@ class FK(Sampler):
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Authors' scripts for SD and SDXL: 4 particles, 100 DDIM steps, checkpoints 20, 40, ...
         # 80 of 100, lambda 10. Their potential is max; ours is exact with any.
-        "sd15": {"n_particles": 4, "potential": "max", "checkpoints": (0.2, 0.4, 0.6, 0.8)},
-        "sdxl": {"n_particles": 4, "potential": "max", "checkpoints": (0.2, 0.4, 0.6, 0.8)},
+        "sd15": _AUTHORS,
+        "sdxl": _AUTHORS,
         # One-step estimates of flow models carry little before a third of the steps.
         "flow": {"n_particles": 8, "checkpoints": (0.4, 0.6, 0.8), "eta": 0.5},
     }
@@ -202,7 +223,7 @@ class FK(Sampler):
             if i in checkpoints and self.potential != "none":
                 rho = yield from self._rho(ctx, state, i)
                 history = torch.cat([history, rho[None]])
-                state = state.set_potential(self._potential(history))
+                state = state.set_potential(self._factor(grid, i) * self._potential(history))
                 state, history = yield from self._resample(ctx, state, history, i)
             assert state.prediction is not None
             if self.guide is None:
@@ -233,6 +254,11 @@ class FK(Sampler):
             assert self.reward_scale is not None  # fit() has set it
             return (yield from self.guide.attach(ctx, state, t, i, self.reward_scale))  # type: ignore[return-value]
         return replace(state, prediction=(yield Denoise(state.x, t)))  # type: ignore[return-value]
+
+    def _factor(self, grid: Grid, i: int) -> float:
+        """What the potential of step i counts; only one-step estimates are in doubt."""
+        plain = self.lookahead == 0 and self.n_draws == 1
+        return damping(self.damping if plain else "none", grid, i)
 
     def _potential(self, history: Tensor) -> Tensor:
         rule = POTENTIALS[self.potential] if isinstance(self.potential, str) else self.potential

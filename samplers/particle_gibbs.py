@@ -31,10 +31,12 @@ from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.resampling import multinomial, scheme
 from steering.samplers.base import (
+    Damping,
     Sampler,
     afford,
     check_scale,
     checkpoint_steps,
+    damping,
     preview,
     tilt,
     within_budget,
@@ -56,6 +58,8 @@ class ParticleGibbs(Sampler):
         reward_scale: as in `fk`.
         checkpoints: where to score and resample, as fractions of the steps made.
         noise_levels: the same as noise shares sigma / (alpha + sigma), instead of fractions.
+        damping: "measured" lets early potentials count less, by the measured slope of final
+            rewards on those of estimates; "none" takes them in full.
         ancestor_sampling: give the kept path a new past at resampling; without it early states
             hardly ever change. Needs the density of a transition. In many dimensions only close
             relatives of its own past can take over.
@@ -74,6 +78,7 @@ class ParticleGibbs(Sampler):
     reward_scale: float | None = None
     checkpoints: tuple[float, ...] = (0.4, 0.55, 0.7, 0.85)
     noise_levels: tuple[float, ...] | None = None
+    damping: Damping = "measured"
     ancestor_sampling: bool = True
     resample: Literal["ess", "always"] = "ess"
     ess_threshold: float = 0.5
@@ -200,7 +205,8 @@ class ParticleGibbs(Sampler):
         for i, (t, u) in enumerate(ctx.grid.steps()):
             prediction = yield Denoise(state.x[kept:], t)
             if i in checkpoints:
-                phi = yield from preview(ctx, prediction.x0, self.reward_scale, i)
+                part = damping(self.damping, ctx.grid, i)
+                phi = yield from preview(ctx, prediction.x0, self.reward_scale, i, part)
                 state = _meet(reference, state, prediction, phi, i)
                 state = yield from self._resample(ctx, reference, state, i, sweep)
                 assert state.prediction is not None

@@ -288,4 +288,18 @@ MUTANTS = (
         "chosen = (reward + 1e-9 * torch.arange(len(reward))).argsort(descending=True)[: self.k]",
         ("tests/test_best_of_n.py::test_ties_go_to_the_first",),
     ),
+    Mutant(
+        "base: damping by the share of steps that are left",
+        "samplers/base.py",
+        "np.interp(step / len(grid), *_SLOPES)",
+        "np.interp(1 - step / len(grid), *_SLOPES)",
+        ("tests/test_fk.py::test_weights_follow_from_the_trace",),
+    ),
+    Mutant(
+        "fk: samples are damped like estimates",
+        "samplers/fk.py",
+        "plain = self.lookahead == 0 and self.n_draws == 1",
+        "plain = True",
+        ("tests/test_fk.py::test_samples_and_draws_are_never_damped",),
+    ),
 )

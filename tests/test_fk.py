@@ -202,9 +202,14 @@ def test_gaussian_kernel_chain_with_lookahead(options: dict) -> None:
     check_law(results, log_z, lambda x: x[:, 0], mean + scale * variance)
 
 
+# What potentials count after 2, 4, 6 and 8 of 10 steps.
+DAMPED = {"none": (1.0, 1.0, 1.0, 1.0), "measured": (0.36, 0.72, 0.9, 0.95)}
+
+
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
 @pytest.mark.parametrize("rule", ["ess", "always", "never"])
-def test_weights_follow_from_the_trace(potential: str, rule: str) -> None:
+@pytest.mark.parametrize("damping", sorted(DAMPED))
+def test_weights_follow_from_the_trace(potential: str, rule: str, damping: str) -> None:
     """The recursion again, from the rewards and ancestors that the run reports."""
     n, scale = 12, 1.3
     method = FK(
@@ -213,6 +218,7 @@ def test_weights_follow_from_the_trace(potential: str, rule: str) -> None:
         potential=potential,
         resample=rule,
         checkpoints=(0.2, 0.4, 0.6, 0.8),
+        damping=damping,
     )
     decisions = set()
     for seed in range(4):
@@ -223,7 +229,7 @@ def test_weights_follow_from_the_trace(potential: str, rule: str) -> None:
             if "checkpoint" not in event:
                 continue
             rho.append(scale * torch.tensor(event["rewards"], dtype=torch.float64))
-            new = POTENTIALS[potential](torch.stack(rho))
+            new = DAMPED[damping][len(rho) - 1] * POTENTIALS[potential](torch.stack(rho))
             log_w, phi = log_w + new - phi, new
             share = torch.softmax(log_w, 0)
             assert event["ess"] == pytest.approx(float(1 / share.square().sum()))
@@ -536,6 +542,15 @@ def test_exact_mode_has_none_of_them(bench) -> None:
     log_z = model.log_normaliser(LINE)
     assert errors([math.exp(r.log_z - log_z) for r in results], 1.0) < 5.0
     assert abs(sum(means) / R - 2.521) < 0.12
+
+
+@pytest.mark.parametrize("options", [{"lookahead": 1}, {"n_draws": 2}])
+def test_samples_and_draws_are_never_damped(options: dict) -> None:
+    """Only a one-step estimate is in doubt."""
+    runs = [
+        steer(line(kernel="path"), LINE, FK(n_particles=4, damping=d, **options)) for d in DAMPED
+    ]
+    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
 
 
 def test_the_authors_mode_claims_no_target() -> None:
