@@ -251,19 +251,23 @@ def _score(
     from steering.apps.geneval_score import adapted, embedder, score_folder
     from steering.rewards.geneval_colors import Scorer, open_colors
     from steering.rewards.geneval_detectors import open_detector
+    from steering.rewards.images import default_device
+    from steering.scoring import recipe_reward
 
     gc.collect()  # the pipeline, whose room the detector may need
+    device = device or default_device()
     run = look(folder).run or {}
     ours = str(run.get("model", {}).get("source")).startswith(STICKERS)
     detector = detector or (STICKERS if ours else "mask2former")
     colors = colors or (STICKERS if detector == STICKERS else "clip")
     judges = Scorer(open_detector(detector, device=device), open_colors(colors, device=device))
-    names = run.get("heldout", []) if heldout is None else heldout
-    verifiers = adapted(names, run, device)
+    named = map(recipe_reward, run.get("heldout", [])) if heldout is None else heldout
+    verifiers, guide = adapted(list(named), run, device)
     embed, embed_name = embedder(judges, device)
     done = score_folder(
-        folder, judges, heldout=verifiers, embed=embed, embed_name=embed_name, again=again
-    )
+        folder, judges, heldout=verifiers, guide=guide, embed=embed, embed_name=embed_name,
+        device=device, again=again,
+    )  # fmt: skip
     for title, lines in (
         ("cannot be read", done.unreadable),
         ("missing", done.contents.missing),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,14 @@ from steering.apps.geneval_store import Journal
 from steering.errors import OptionError, SteeringError
 from steering.recipe import atomic, package_versions
 from steering.rewards.geneval_colors import ClipColors, Judged, Scorer
-from steering.scoring import Reward, labels, resolve_reward
+from steering.scoring import (
+    Reward,
+    heldout_labels,
+    labels,
+    parts_of,
+    recipe_reward,
+    resolve_reward,
+)
 
 BATCH = 32
 Embed = Callable[[Tensor], Tensor]
@@ -47,8 +54,10 @@ def score_folder(
     scorer: Scorer,
     *,
     heldout: Sequence[Reward] = (),
+    guide: Reward | None = None,
     embed: Embed | None = None,
     embed_name: str = "",
+    device: str = "cpu",
     again: bool = False,
     show: bool = True,
 ) -> Scored:
@@ -57,8 +66,10 @@ def score_folder(
     Args:
         folder: a run, or images in the official layout.
         scorer: detector, colours and rules.
-        heldout: rewards beside the verdict.
+        heldout: rewards beside the verdict; those that share a component with the ``guide`` of
+            the run say so.
         embed: images [n, 3, H, W] of one size to unit vectors [n, d], for diversity.
+        device: where ``heldout`` and ``embed`` get their images.
         again: forget earlier lines.
 
     Raises:
@@ -75,6 +86,8 @@ def score_folder(
         "diversity": embed_name,
         "versions": package_versions(),
     }
+    names = labels(heldout) if guide is None else heldout_labels(guide, heldout)
+    verifiers = dict(zip(names, heldout, strict=True))
     journal = _journal(contents.folder, how, again)
     known = {(r["prompt_index"], r["image"]): r["sha256"] for r in journal.rows}
     todo = [s for s in contents.samples if known.get((s.prompt, s.image)) != digest(s.path)]
@@ -82,7 +95,7 @@ def score_folder(
     with tqdm(total=len(todo), unit="image", desc="score", disable=None if show else True) as bar:
         for samples, images in _batches(todo, unreadable):
             judged = scorer.judge(images, [s.record for s in samples])
-            extra = _extra(samples, images, heldout, embed)
+            extra = _extra(samples, images, verifiers, embed, device)
             rows = [_row(*one) for one in zip(samples, images, judged, extra, strict=True)]
             journal.append(rows)
             bar.update(len(rows))
@@ -147,8 +160,9 @@ def read_image(path: Path) -> Tensor:
 def _extra(
     samples: Sequence[Sample],
     images: Sequence[Tensor],
-    heldout: Sequence[Reward],
+    heldout: Mapping[str, Reward],
     embed: Embed | None,
+    device: str,
 ) -> list[dict[str, Any]]:
     """Held-out rewards and embeddings, images of one size at a time."""
     out: list[dict[str, Any]] = [{"heldout": {}} for _ in samples]
@@ -156,10 +170,10 @@ def _extra(
     for k, image in enumerate(images):
         sizes.setdefault(tuple(image.shape), []).append(k)
     for rows in sizes.values():
-        batch = torch.stack([images[k] for k in rows])
+        batch = torch.stack([images[k] for k in rows]).to(device)
         prompts = [samples[k].record["prompt"] for k in rows]
         records = [samples[k].record for k in rows]
-        for name, reward in zip(labels(heldout), heldout, strict=True):
+        for name, reward in heldout.items():
             found = reward(batch, prompts, metadata=records)
             value = found.value.double().cpu()
             ok = value.isfinite() if found.valid is None else found.valid.cpu() & value.isfinite()
@@ -200,31 +214,46 @@ def _row(sample: Sample, image: Tensor, judged: Judged, extra: dict[str, Any]) -
     }
 
 
-def adapted(names: Sequence[str], run: dict[str, Any], device: str | None) -> list[Reward]:
-    """Held-out rewards, fitted to the run's model as the guiding reward was.
+def adapted(
+    heldout: Sequence[object], run: Mapping[str, Any], device: str
+) -> tuple[list[Reward], Reward | None]:
+    """(held-out rewards, the guide), fitted to the run's model; no guide where none is known.
+
+    The guide stands in a file that may be from elsewhere, so no code is imported for it.
 
     Raises:
-        OptionError: one of them is the guiding reward itself.
+        OptionError: a held-out reward measures what the guiding reward does.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = SimpleNamespace(name=run.get("model", {}).get("source"), device=device, prompts=())
-    rewards = [resolve_reward(name, model) for name in names]
-    guide = resolve_reward(run["reward"], model).spec if names and run else None
-    for name, reward in zip(names, rewards, strict=True):
-        if guide is not None and reward.spec == guide:
+    rewards = [resolve_reward(one, model) for one in heldout]
+    guide = _guide(str(run.get("reward", "")), model) if rewards else None
+    for reward in rewards:
+        same = reward.spec is not None and reward.spec == run.get("reward")
+        if same or (guide is not None and set(parts_of(reward)) == set(parts_of(guide))):
             raise OptionError(
-                f"--heldout {name} is the guiding reward itself: a verifier that the search has "
-                "seen proves nothing. Choose another one."
+                f"--heldout {reward.spec or reward.name} is the guiding reward itself: a verifier "
+                "that the search has seen proves nothing. Choose another one."
             )
-    return rewards
+    return rewards, guide
 
 
-def embedder(scorer: Scorer, device: str | None = None) -> tuple[Embed, str]:
+def _guide(spec: str, model: Any) -> Reward | None:  # noqa: ANN401
+    """The guide as far as it can be had: comparing it needs no weights."""
+    try:
+        guide = recipe_reward(spec)
+    except SteeringError:
+        return None
+    try:
+        return resolve_reward(guide, model)
+    except SteeringError:
+        return guide
+
+
+def embedder(scorer: Scorer, device: str) -> tuple[Embed, str]:
     """(images to CLIP vectors, its name): the colour model's CLIP, or the stickers' own."""
     if isinstance(scorer.colors, ClipColors):
         return scorer.colors.encoder.image, f"clip {scorer.colors.model}"
     from steering.rewards.clip import Encoder
     from steering.rewards.clip_loading import load
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Encoder(load("stickers", "openai", "fp32", device)).image, "clip stickers"

@@ -14,6 +14,7 @@ from torch import Tensor
 from steering.errors import OptionError, unknown_name
 from steering.rewards.geneval import COLORS, Rules, Verdict, judge
 from steering.rewards.geneval_detectors import Detection, Detector, by_class
+from steering.rewards.images import default_device
 from steering.stickers.grammar import Metadata
 
 GREY = 0x99 / 255  # of the background outside a mask
@@ -61,7 +62,7 @@ class ClipColors:
         from steering.rewards.clip import Encoder
         from steering.rewards.clip_loading import load
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device()
         self.encoder = Encoder(load(model, pretrained, "fp32", device))
         self.model, self.pretrained, self.batch_size = model, pretrained, batch_size
         self._classifier = cache(self._make_classifier)

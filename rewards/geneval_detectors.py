@@ -20,6 +20,7 @@ from torch import Tensor
 from steering.errors import OptionError, WeightsError, unknown_name
 from steering.recipe import fingerprint
 from steering.rewards.geneval import CLASSES, PUBLISHED, Box, Objects, Rules
+from steering.rewards.images import default_device
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 SIZE, STRIDE = (800, 1333), 32  # mmdet's test size of the shorter and longer side, padding
@@ -275,7 +276,7 @@ def open_detector(spec: str, *, device: str | None = None, rules: Rules | None =
     kind, _, source = spec.partition("=")
     if kind not in KINDS:
         raise unknown_name("detector", kind, KINDS)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if kind == "stickers":
         from steering.stickers.load import load_detector
 
@@ -306,7 +307,9 @@ def _read(kind: str, source: str) -> tuple[Any, Any]:
         else AutoModelForObjectDetection
     )
     try:
-        opened: Any = cls.from_pretrained(source, local_files_only=local, output_loading_info=True)
+        opened: Any = cls.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:
         raise WeightsError(
             f"The detector {kind}={source!r} could not be opened ({type(error).__name__}: "
@@ -323,7 +326,9 @@ def _read(kind: str, source: str) -> tuple[Any, Any]:
     if kind == "mask2former":
         return model, None
     try:
-        return model, AutoImageProcessor.from_pretrained(source, local_files_only=local)
+        return model, AutoImageProcessor.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return model, None
 

@@ -83,6 +83,11 @@ def device_name(device: torch.device | str) -> str:
     return str(torch.empty(0, device=device).device)
 
 
+def default_device() -> str:
+    """Where networks go unless told otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def to_pil(images: Any) -> list[Any]:  # noqa: ANN401
     """PIL images, values rounded to 8 bits; for video one list of frames per sample."""
     tensor = as_tensor(images).detach()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from steering.apps import cli
@@ -27,12 +28,12 @@ from steering.apps.geneval_report import (
     warnings,
     write_card,
 )
-from steering.apps.geneval_score import score_folder
+from steering.apps.geneval_score import adapted, score_folder
 from steering.apps.geneval_store import Journal
 from steering.errors import OptionError, RecipeError, SteeringError
 from steering.rewards.geneval_colors import Scorer, StickerColors
 from steering.rewards.geneval_detectors import Stickers
-from steering.scoring import resolve_reward
+from steering.scoring import Scores, resolve_reward
 from steering.stickers import TAGS, StickerWorld, parse, prompts
 
 SOME = [parse(p) for p in prompts("heldout", n=553)][::46]  # 13 prompts, all tags
@@ -207,6 +208,46 @@ def test_scoring_again_does_nothing_and_new_images_are_added(scored, scorer, tmp
     with pytest.raises(OptionError, match=r"another heldout.*--again"):
         score_folder(folder, scorer, embed_name="pixels", show=False)
     assert score_folder(folder, scorer, again=True, show=False).new == 3 * len(SOME)
+
+
+class Witness:
+    """A verifier that writes down where its images were."""
+
+    name, spec, differentiable = "witness", "witness", False
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, images, prompts, *, metadata=None):
+        self.seen.add(images.device.type)
+        return Scores(value=torch.zeros(len(images)))
+
+
+def test_verifiers_and_embedding_get_their_images_on_their_device(scorer, tmp_path):
+    folder, witness, seen = draw_folder(tmp_path / "f", [[True]], SOME[:1]), Witness(), []
+    score_folder(
+        folder, scorer, heldout=[witness], device="meta", show=False,
+        embed=lambda x: seen.append(x.device.type) or torch.ones(len(x), 2),
+    )  # fmt: skip
+    assert (witness.seen, seen) == ({"meta"}, ["meta"])
+
+
+def test_a_verifier_that_the_search_has_seen_says_so(scorer, tmp_path):
+    run = {"reward": "jpeg + brightness", "model": {"source": "stickers"}}
+    verifiers, guide = adapted(["brightness", "jpeg(quality=50)"], run, "cpu")
+    folder = draw_folder(tmp_path / "f", [[True]], SOME[:1])
+    score_folder(folder, scorer, heldout=verifiers, guide=guide, show=False)
+    found = card(open_scored(folder))["heldout"]
+    assert set(found) == {"brightness (searched: brightness)", "jpeg"}
+    with pytest.raises(OptionError, match="guiding reward itself"):
+        adapted(["clip(model=stickers, scale=100)"], {**run, "reward": "clip"}, "cpu")
+
+
+def test_no_code_is_imported_for_a_run_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "foreign_guide_for_test.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = "python:foreign_guide_for_test:f"
+    assert adapted(["jpeg"], {"reward": spec}, "cpu")[1] is None
 
 
 def test_missing_corrupt_and_extra_images_are_named_and_the_rest_is_kept(scored, scorer, tmp_path):
