@@ -159,6 +159,12 @@ class FK(Sampler):
     def levels(self, model: Model) -> Grid:
         if self.guide is not None:
             require_gaussian("fk with guidance", model)
+        if self.n_draws > 1 and self.lookahead == 0 and getattr(model, "pipe", None) is not None:
+            raise OptionError(
+                f"fk: n_draws={self.n_draws} draws x0 from its posterior, of which the network of "
+                f"{model.name!r} gives the mean only. Set lookahead=1 or more: the ends of these "
+                "walks are samples."
+            )
         return super().levels(model)
 
     def _check_stochastic(self) -> None:
@@ -291,7 +297,7 @@ class FK(Sampler):
         draws = yield from self._estimates(ctx, state, i)
         values = []
         for x0 in draws:
-            images = yield Decode(x0)
+            images = yield Decode(x0, preview=True)
             scores = yield Score(images, x0)
             values.append(tilt(as_float64(scores.value), self.reward_scale))
             yield Progress(step=i, of=len(ctx.grid), preview=images)

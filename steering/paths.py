@@ -268,7 +268,7 @@ class Prediction:
         """m samples of x0 given x_t, [m, n, *event], where the model knows its posterior."""
         raise SteeringError(
             "This model's posterior of x0 is known by its mean only, so no samples can be drawn "
-            "from it. Use value='mean', or look-ahead steps (lookahead=k), instead of draws."
+            "from it. Use n_draws=1, or look-ahead steps (lookahead=k), whose ends are samples."
         )
 
     def rows(self, index: Tensor | slice) -> Self:

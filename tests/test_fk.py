@@ -26,6 +26,7 @@ from steering.particles import log_mean_exp
 from steering.paths import Prediction, Tabulated
 from steering.samplers import FK, BestOfN
 from steering.samplers.fk import POTENTIALS
+from tests.tiny_pipelines import build
 
 R, N = 48, 128
 CHECKPOINTS = (0.25, 0.5, 0.75)
@@ -551,6 +552,16 @@ def test_samples_and_draws_are_never_damped(options: dict) -> None:
         steer(line(kernel="path"), LINE, FK(n_particles=4, damping=d, **options)) for d in DAMPED
     ]
     assert torch.equal(runs[0].log_weights, runs[1].log_weights)
+
+
+def test_draws_that_a_network_cannot_give_are_refused_before_it_is_asked() -> None:
+    pipe, call = build("sd", steps=2)
+    with steering.wrap(pipe, **call) as model:
+        with pytest.raises(OptionError, match="the mean only"):
+            steering.steer(
+                model, reward=lambda images: images.mean((1, 2, 3)), method=FK(n_draws=2)
+            )
+        assert model.rows == 0
 
 
 def test_the_authors_mode_claims_no_target() -> None:
