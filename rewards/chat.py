@@ -45,8 +45,10 @@ class Chat(Protocol):
         """Log-probabilities [n, k] that an answer begins with label k, in any of its spellings."""
         ...
 
-    def write(self, asks: Sequence[Ask], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers."""
+    def write(
+        self, asks: Sequence[Ask], max_new_tokens: int, *, probabilities: bool = True
+    ) -> list[Reply]:
+        """Greedy answers, with ``tokens`` and ``top`` where probabilities are asked for."""
         ...
 
 

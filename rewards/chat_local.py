@@ -47,12 +47,14 @@ class LocalChat:
         return torch.cat(rows)
 
     @torch.no_grad()
-    def write(self, asks: Sequence[Ask], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers with the likeliest tokens at every place."""
+    def write(
+        self, asks: Sequence[Ask], max_new_tokens: int, *, probabilities: bool = True
+    ) -> list[Reply]:
+        """Greedy answers, with the likeliest tokens at every place where asked for."""
         replies = []
         for part in self._parts(asks):
-            inputs = self._inputs(part)
-            out = self.model.generate(
+            inputs, top = self._inputs(part), _Top()
+            written = self.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
@@ -60,28 +62,25 @@ class LocalChat:
                 top_p=None,
                 top_k=None,
                 repetition_penalty=1.0,
-                output_logits=True,
-                return_dict_in_generate=True,
+                logits_processor=[top] if probabilities else [],
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             start = inputs["input_ids"].shape[1]
-            logp = torch.stack(out.logits, 1).float().log_softmax(-1)
-            top = logp.topk(min(_TOP, logp.shape[-1]), -1)
-            for row, written in enumerate(out.sequences[:, start:].tolist()):
-                replies.append(self._reply(written, top.values[row], top.indices[row]))
+            for row, tokens in enumerate(written[:, start:].tolist()):
+                replies.append(self._reply(tokens, [step[row] for step in top.steps]))
         return replies
 
-    def _reply(self, written: list[int], values: Tensor, indices: Tensor) -> Reply:
+    def _reply(self, written: list[int], steps: list[dict[int, float]]) -> Reply:
         special = set(self.tokenizer.all_special_ids)
         keep = [k for k, token in enumerate(written) if token not in special]
         spell = self._spell
+        text = self.tokenizer.decode([written[k] for k in keep])
+        if not steps:
+            return Reply(text=text)
         return Reply(
-            text=self.tokenizer.decode([written[k] for k in keep]),
+            text=text,
             tokens=tuple(spell(written[k]) for k in keep),
-            top=tuple(
-                {spell(i): v for i, v in zip(indices[k].tolist(), values[k].tolist(), strict=True)}
-                for k in keep
-            ),
+            top=tuple({spell(i): v for i, v in steps[k].items()} for k in keep),
         )
 
     def _spell(self, token: int) -> str:
@@ -132,6 +131,20 @@ class LocalChat:
             add_generation_prompt=True,
             tokenize=False,
         )
+
+
+class _Top:
+    """Keeps the likeliest tokens of each step; whole logits of long answers would fill a device."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[dict[int, float]]] = []
+
+    def __call__(self, written: Tensor, logits: Tensor) -> Tensor:
+        logp = logits.float().log_softmax(-1)
+        values, tokens = logp.topk(min(_TOP, logp.shape[-1]), -1)
+        pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+        self.steps.append([dict(zip(*pair, strict=True)) for pair in pairs])
+        return logits
 
 
 def _bytes(image: Tensor) -> Tensor:

@@ -39,10 +39,19 @@ class ServerChat:
     concurrency: int = 8
 
     def choices(self, asks: Sequence[Ask], labels: Sequence[Sequence[str]]) -> Tensor:
-        """Log-probabilities [n, k] among the 20 likeliest first tokens; -inf for the others."""
+        """Log-probabilities [n, k] among the 20 likeliest first tokens; -inf for the others.
+
+        Raises:
+            RemoteError: the server gives no log-probabilities.
+        """
 
         def row(ask: Ask) -> Tensor:
-            reply = self._ask(ask, 1)
+            reply = self._ask(ask, 1, probabilities=True)
+            if reply.text and not reply.top:
+                raise RemoteError(
+                    f"{self.wire.url} gives no log-probabilities of {self.model}, so answers "
+                    "cannot be weighed. Use read=text."
+                )
             top = reply.top[0] if reply.top else {}
             return torch.tensor(
                 [_total([top[s] for s in set(spelled) if s in top]) for spelled in labels]
@@ -50,9 +59,11 @@ class ServerChat:
 
         return torch.stack(self._all(asks, row))
 
-    def write(self, asks: Sequence[Ask], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers, with the likeliest tokens where the server gives them."""
-        return self._all(asks, lambda ask: self._ask(ask, max_new_tokens))
+    def write(
+        self, asks: Sequence[Ask], max_new_tokens: int, *, probabilities: bool = True
+    ) -> list[Reply]:
+        """Greedy answers, with the likeliest tokens where asked for and given."""
+        return self._all(asks, lambda ask: self._ask(ask, max_new_tokens, probabilities))
 
     def _all(self, asks: Sequence[Ask], job: Callable[[Ask], Any]) -> list[Any]:
         found, error = in_order(job, asks, self.concurrency)
@@ -62,7 +73,7 @@ class ServerChat:
             raise error
         return found
 
-    def _ask(self, ask: Ask, max_new_tokens: int) -> Reply:
+    def _ask(self, ask: Ask, max_new_tokens: int, probabilities: bool) -> Reply:
         urls = [f"data:image/png;base64,{base64_png(image)}" for image in ask.images]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         user = {"role": "user", "content": [*content, {"type": "text", "text": ask.text}]}
@@ -72,9 +83,9 @@ class ServerChat:
             "messages": [system, user] if ask.system else [user],
             "max_tokens": max_new_tokens,
             "temperature": 0,
-            "logprobs": True,
-            "top_logprobs": _TOP,
         }
+        if probabilities:  # not every server knows the word
+            body.update({"logprobs": True, "top_logprobs": _TOP})
         key = os.environ.get(self.key_env, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return _reply(self.wire.post("/chat/completions", body, headers), self.wire.url)

@@ -64,9 +64,9 @@ class _Unified(Judge):
     def _found(
         self, known: Format, asks: Sequence[Ask]
     ) -> tuple[list[Found], list[Reply | None], RemoteError | None]:
-        replies, error = self._write(asks, self.max_new_tokens)
-        lost = Found(value=math.nan)
         expected = self.read == "expected"
+        replies, error = self._write(asks, self.max_new_tokens, probabilities=expected)
+        lost = Found(value=math.nan)
         return [lost if r is None else known.read(r, expected) for r in replies], replies, error
 
 
@@ -140,6 +140,11 @@ class UnifiedPairs(_Unified):
         self._check(self.form, PAIR)
         if self.opponents is not None and self.opponents < 1:
             raise OptionError(f"unified_pairs(opponents={self.opponents}): give 1 or more.")
+        if self.read == "expected" and self.form in ("shares", "flex"):
+            raise OptionError(
+                f"unified_pairs(form={self.form}, read=expected): this form has no deciding digit "
+                "whose probability could be read; use read=text, or form=rank or think."
+            )
         if self.form in ("think", "flex") and self.model == _MODEL and not self.url:
             raise OptionError(
                 f"unified_pairs(form={self.form}) needs a UnifiedReward-{self.form.title()} "

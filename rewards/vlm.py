@@ -26,6 +26,7 @@ from steering.scoring import Scores
 ASPECTS = "match with the text; visual quality; realism; composition"
 QUESTION = 'Does this image show "{prompt}"? Answer the question with Yes or No.'
 _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_LITTLE = 0.5  # of the mass, where what a server leaves out may count as much as what it tells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +95,11 @@ class Judge(Reward):
             return torch.stack(rows).exp().to(device), error
 
     def _write(
-        self, asks: Sequence[Ask], max_new_tokens: int
+        self, asks: Sequence[Ask], max_new_tokens: int, *, probabilities: bool = False
     ) -> tuple[list[Reply | None], RemoteError | None]:
+        chat = self._chat(asks[0].images[0].device)
         try:
-            return [*self._chat(asks[0].images[0].device).write(asks, max_new_tokens)], None
+            return [*chat.write(asks, max_new_tokens, probabilities=probabilities)], None
         except Unfinished as error:
             return error.results, error
 
@@ -149,7 +151,9 @@ class VLM(Judge):
         checklist: questions separated by semicolons; ``metadata`` with "questions" (and
             "weights") per image goes before.
         low, high: ends of the scale; single digits.
-        min_mass: below this ``mass`` an answer counts as unreadable.
+        min_mass: below this ``mass`` an answer counts as unreadable. A server tells the 20
+            likeliest tokens only: spellings that are not among them add nothing, with a warning
+            where less than half of the probability is left.
         max_new_tokens: for "text".
     """
 
@@ -260,6 +264,13 @@ class VLM(Judge):
     def _normalised(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """(p over its sum, the sum), with NaN where the sum is too small to mean anything."""
         mass = p.sum(-1)
+        if self.url and bool((mass < _LITTLE).any()):
+            warnings.warn(
+                f"{self.name}: less than {_LITTLE:.0%} of the probability lies on readable "
+                "answers. A server tells the 20 likeliest tokens only, so the marks that are not "
+                "among them are missing from the mean; see the part 'mass', or use read=text.",
+                stacklevel=5,
+            )
         p = p / mass.unsqueeze(-1)
         return torch.where((mass >= self.min_mass).unsqueeze(-1), p, math.nan), mass
 
@@ -291,7 +302,7 @@ def json_object(text: str) -> dict[str, Any]:
     for at in (m.start() for m in re.finditer(r"\{", text)):
         try:
             found, _ = decoder.raw_decode(text, at)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(found, dict):
             return found
@@ -303,7 +314,7 @@ def number(value: Any) -> float:  # noqa: ANN401
     if isinstance(value, bool):
         return math.nan
     if isinstance(value, (int, float)):
-        return float(value)
+        return float(value) if abs(value) < 1e9 else math.nan
     text = str(value).partition("/")[0].strip()
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else math.nan
 

@@ -297,6 +297,8 @@ def test_what_cannot_work_is_said_before_any_request():
         UnifiedPairs(url="http://127.0.0.1:9", model="u")(shades(0.1, 0.2, 0.3), ["a", "a", "b"])
     with pytest.raises(OptionError, match="needs a UnifiedReward-Think checkpoint"):
         UnifiedPairs(form="think")
+    with pytest.raises(OptionError, match="no deciding digit"):
+        UnifiedPairs(form="shares", read="expected")
     with pytest.raises(OptionError, match="one of final, acs"):
         Unified(form="shares")
     with pytest.raises(OptionError, match="must be a text file"):

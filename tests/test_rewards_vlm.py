@@ -124,6 +124,9 @@ def test_local_replies_carry_their_probabilities(qwen, pictures):
     assert reply.tokens[0] == best[0]
     assert set(list(reply.top[0])[:3]) == set(best[:3])
     assert math.exp(reply.top[0][best[0]]) == pytest.approx(p[best[0]], abs=1e-3)
+    assert len(reply.top) == len(reply.tokens)
+    (bare,) = reward._chat("cpu").write([ask], 4, probabilities=False)
+    assert (bare.text, bare.top) == (reply.text, ())
 
 
 def scripted(reply, **options):
@@ -214,6 +217,24 @@ def test_no_weight_on_any_answer_is_unreadable():
             assert reward(shades(0.5), "x").value.isnan().all()
 
 
+def test_what_a_server_leaves_out_is_told():
+    def reply(images, text, number):
+        top = {"4": math.log(0.3), "Well": math.log(0.5)} if level(images[0]) < 0.5 else None
+        return tiny_server.answer("Well", [("Well", top)] if top else None)
+
+    app = tiny_server.scripted(reply)
+    with tiny_server.serve(app) as url:
+        reward = VLM(model="m", url=f"{url}/v1", aspects="q")
+        with pytest.warns(UserWarning, match=r"less than 50%.*20 likeliest"):
+            found = reward(shades(0.1), "x")
+        with pytest.raises(RemoteError, match=r"gives no log-probabilities.*read=text"):
+            reward(shades(0.9), "x")
+    assert (float(found.value), bool(found.valid.all())) == (4.0, True)
+    assert float(found.parts["mass"]) == pytest.approx(0.3)
+    body, _ = app.state.requests[0]
+    assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
+
+
 def test_requests_hold_exact_pictures_and_the_key(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     app = tiny_server.scripted(lambda i, t, n: '{"q": 3}')
@@ -222,7 +243,7 @@ def test_requests_hold_exact_pictures_and_the_key(monkeypatch):
         VLM(model="m", url=f"{url}/v1", read="text", aspects="q", key_env="MY_KEY")(x, "x")
     body, headers = app.state.requests[0]
     assert headers["authorization"] == "Bearer secret"
-    assert (body["model"], body["temperature"], body["top_logprobs"]) == ("m", 0, 20)
+    assert (body["model"], body["temperature"], "logprobs" in body) == ("m", 0, False)
     data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
     assert base64.b64decode(data).startswith(b"\x89PNG")
     (image,), _ = tiny_server.pictures_of(body)
@@ -312,3 +333,5 @@ def test_small_readers():
     assert json_object('x {bad} {"a": {"b": 1}} {"c": 2}') == {"a": {"b": 1}}
     assert number("4/5") == 4.0
     assert math.isnan(number("4 stars"))
+    assert math.isnan(number(10**400))
+    assert json_object('{"a":' * 100_000) == {}

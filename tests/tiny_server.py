@@ -113,7 +113,7 @@ def model_app(folder: Any) -> FastAPI:
         for _ in range(body["max_tokens"]):
             logp = model(**inputs, use_cache=False).logits[0, -1].log_softmax(-1)
             # more than asked for where one token is read, so that both sides see the same sums
-            top = logp.topk(body["top_logprobs"] if body["max_tokens"] > 1 else len(logp))
+            top = logp.topk(body.get("top_logprobs", 1) if body["max_tokens"] > 1 else len(logp))
             token = int(logp.argmax())
             if token == words.eos_token_id:
                 break
