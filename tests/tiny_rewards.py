@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from steering.rewards import pixels
+from steering.rewards import pixels, qwen_reward
 
 WORDS = "a an apple red two dogs cat left of pizza snow the photo blue green in style".split()
 PROMPTS = [
@@ -115,12 +116,21 @@ def tensor(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(p)).movedim(-1, 0) for p in images]) / 255
 
 
+def _smooth(resize, images, size, *, interpolation="bicubic", quantise=True):
+    return resize(images, size, interpolation=interpolation, quantise=False)
+
+
 def slope_error(reward, images: torch.Tensor, prompts: list[str], step: float = 4e-4) -> float:
     """Relative error of the gradient along itself against central differences.
 
     Rounding to 8 bits is left out for both: its gradient is passed straight through by design.
     """
-    with mock.patch.object(pixels, "_rounded", lambda x, whole: x):
+    smooth = partial(_smooth, pixels.resize)
+    with (
+        mock.patch.object(pixels, "_rounded", lambda x, whole: x),
+        mock.patch.object(pixels, "resize", smooth),
+        mock.patch.object(qwen_reward, "resize", smooth),
+    ):
         x = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(reward(x, prompts).value.sum(), x)
         direction = gradient / gradient.flatten(1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
