@@ -54,6 +54,7 @@ class _Detection(Reward):
 
     def __post_init__(self) -> None:
         checkpoints.dtype_of(self.precision, self.name)
+        object.__setattr__(self, "differentiable", self.mode == "smooth")
         if self.mode not in ("hard", "smooth"):
             raise OptionError(f"{self.name}(mode={self.mode!r}): give hard or smooth.")
         if self.threshold is not None and not 0 < self.threshold < 1:

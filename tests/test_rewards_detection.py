@@ -178,6 +178,13 @@ def test_overlapping_boxes_count_once():
 
 
 @pytest.mark.usefixtures("blobs")
+def test_a_hard_count_claims_no_gradient():
+    for name in ("count", "presence"):
+        assert as_reward(f"{name}(objects=apple)").differentiable is False
+        assert as_reward(f"{name}(objects=apple, mode=smooth)").differentiable is True
+    assert not as_reward("brightness + count(objects=apple)").differentiable
+
+
 def test_smooth_count_is_a_sum_of_sigmoids():
     levels = torch.tensor([0.9, 0.8, 0.5, 0.1])
     found = Count(objects="3 apple", mode="smooth", temperature=0.1)(quarters(*levels), "x")
