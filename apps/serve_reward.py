@@ -31,7 +31,7 @@ class Limits:
     Attributes:
         max_images: in one request.
         max_bytes: of its body.
-        max_pixels: of one image.
+        max_pixels: of one image; ``max_total``: of all images of a request.
         max_prompt: characters of one prompt.
         max_waiting: requests that wait for their turn.
     """
@@ -39,6 +39,7 @@ class Limits:
     max_images: int = 64
     max_bytes: int = 64 * 2**20
     max_pixels: int = 4096 * 4096
+    max_total: int = 64 * 2**20
     max_prompt: int = 10_000
     max_waiting: int = 64
 
@@ -81,14 +82,15 @@ class Desk:
         Raises:
             Refused: it is malformed, too large, too many wait, or the reward failed.
         """
-        images, prompts, metadata = self._read(body)
+        texts, prompts, metadata = self._read(body)
         with self._count:
             if self._waiting >= self.limits.max_waiting:
                 raise Refused(503, "too many requests are waiting")
             self._waiting += 1
         try:
             with self._turn:
-                return self._scored(images, prompts, metadata)
+                # Unpacked only now: of all that wait, one request fills the memory.
+                return self._scored(self._images(texts), prompts, metadata)
         finally:
             with self._count:
                 self._waiting -= 1
@@ -110,7 +112,7 @@ class Desk:
             _LOG.exception("the reward failed")
             raise Refused(422, f"the reward raised {type(error).__name__}: {error}") from error
 
-    def _read(self, body: Any) -> tuple[list[Image.Image], list[str], list[Any] | None]:  # noqa: ANN401
+    def _read(self, body: Any) -> tuple[list[Any], list[str], list[Any] | None]:  # noqa: ANN401
         if not isinstance(body, dict):
             raise Refused(400, "the body must be a JSON object")
         images, prompts, metadata = (body.get(k) for k in ("images", "prompts", "metadata"))
@@ -129,7 +131,21 @@ class Desk:
                 raise Refused(400, f"prompt {k} is neither a string nor null")
             if prompt is not None and len(prompt) > self.limits.max_prompt:
                 raise Refused(413, f"prompt {k} is over {self.limits.max_prompt} characters")
-        return [self._image(k, text) for k, text in enumerate(images)], prompts, metadata
+        return images, prompts, metadata
+
+    def _images(self, texts: list[Any]) -> list[Image.Image]:
+        found, room = [], self.limits.max_total
+        for k, text in enumerate(texts):
+            image = self._image(k, text)
+            room -= image.width * image.height
+            if room < 0:
+                raise Refused(
+                    413,
+                    f"the images hold more than {self.limits.max_total} pixels together; send "
+                    "fewer at once",
+                )
+            found.append(image)
+        return found
 
     def _image(self, k: int, text: Any) -> Image.Image:  # noqa: ANN401
         if not isinstance(text, str):
@@ -189,7 +205,7 @@ async def _body(request: Any, most: int) -> Any:  # noqa: ANN401
         chunks.append(chunk)
     try:
         return json.loads(b"".join(chunks))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON ({error})") from error
 
 

@@ -90,8 +90,12 @@ class RemoteReward(Reward):
         return found
 
     def for_model(self, model: Any) -> RemoteReward:  # noqa: ANN401
-        """This reward, after the server has answered."""
-        self.about()
+        """This reward, after the server has answered.
+
+        One that compares the images of a call is no law for a particle method here either, and
+        gets each call in one request.
+        """
+        object.__setattr__(self, "stationary", bool(self.about().get("stationary", True)))
         return self
 
     def score(
@@ -108,9 +112,8 @@ class RemoteReward(Reward):
         ]
         keys = [_key(row) for row in rows]
         open_rows = [k for k, key in enumerate(keys) if key not in self._kept]
-        parts = [
-            open_rows[k : k + self.batch_size] for k in range(0, len(open_rows), self.batch_size)
-        ]
+        step = self.batch_size if self.stationary else len(rows)
+        parts = [open_rows[k : k + step] for k in range(0, len(open_rows), step)]
         answers, error = in_order(
             lambda part: self._ask([rows[k] for k in part]), parts, self.concurrency
         )

@@ -30,6 +30,16 @@ _LONGEST_PAUSE = 8.0
 T, R = TypeVar("T"), TypeVar("R")
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would take the key along to another host."""
+
+    def redirect_request(self, *_: Any) -> None:  # noqa: ANN401
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Stay)
+
+
 class RemoteError(RewardError):
     """A server did not answer, or not with scores.
 
@@ -93,7 +103,7 @@ class Wire:
         for attempt in range(self.retries + 1):
             request = urllib.request.Request(where, data=data, headers=dict(headers))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                with _OPENER.open(request, timeout=self.timeout) as answer:
                     return _json(answer.read(MAX_ANSWER + 1), where)
             except urllib.error.HTTPError as error:
                 text = error.read(2000).decode(errors="replace")

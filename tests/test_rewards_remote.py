@@ -19,12 +19,15 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse
 from PIL import Image
 
 from steering.apps.serve_reward import Desk, Limits, Refused, build
 from steering.errors import OptionError, RewardError
 from steering.rewards import FunctionReward, Reward, as_reward
 from steering.rewards.remote import RemoteReward
+from steering.rewards.vlm import VLM
 from steering.rewards.wire import RemoteError, base64_png, in_order
 from steering.scoring import Scores, score
 from tests import tiny_server
@@ -235,6 +238,54 @@ def test_a_server_that_dies_in_mid_batch_loses_nothing_that_was_done():
         assert whole.value.tolist() == pytest.approx(levels)
         reward(shades(*levels), [f"p{k}" for k in range(6)])
         assert sum(seen) == 8  # and nothing is kept once a call has been finished
+
+
+class Rivals(Reward):
+    """Brightness above that of the call."""
+
+    stationary = False
+
+    def score(self, images, prompts, metadata):
+        value = images.mean((1, 2, 3))
+        return value - value.mean()
+
+
+def test_a_served_reward_that_compares_a_call_gets_it_whole():
+    x = shades(0.0, 1.0, 0.2, 0.8, 0.6)
+    with tiny_server.serve(build(Desk(Rivals(), Limits()))) as url:
+        reward = RemoteReward(url=url, batch_size=2).for_model(None)
+        assert reward.stationary is False
+        torch.testing.assert_close(reward(x, "x").value, Rivals()(x, "x").value)
+        assert (0.5 * as_reward(f"remote(url={url})")).for_model(None).stationary is False
+
+
+def test_a_request_holds_only_so_many_pixels():
+    desk = Desk(Telling(), Limits(max_total=100))
+    body = {"images": [picture(6, 6)] * 3, "prompts": ["x"] * 3}
+    with pytest.raises(Refused, match="more than 100 pixels together") as caught:
+        desk.score(body)
+    assert caught.value.status == 413
+    assert len(desk.score({k: v[:2] for k, v in body.items()})["value"]) == 2
+
+
+def test_no_redirect_takes_the_key_along(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    app, seen = FastAPI(), []
+
+    @app.post("/v1/chat/completions")
+    async def chat():
+        return RedirectResponse("/caught", 302)
+
+    @app.get("/caught")
+    async def caught(request: Request):
+        seen.append(request.headers.get("authorization"))
+        return {}
+
+    with tiny_server.serve(app) as url:
+        judge = VLM(model="m", url=f"{url}/v1", read="text", key_env="MY_KEY", retries=0)
+        with pytest.raises(RemoteError, match="HTTP 302"):
+            judge(shades(0.5), "x")
+    assert seen == []
 
 
 def test_a_busy_server_is_asked_again_but_not_for_ever():
