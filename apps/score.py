@@ -73,21 +73,21 @@ def score_files(
     """
     judges = [as_reward(text) for text in rewards]
     names = labels(judges)
-    pictures = [_open(path) for path in files]
+    sizes = [_open(path).size for path in files]  # what cannot be read is told before any work
     rows: list[dict[str, Any]] = [
         {"file": str(f), "prompt": p, "scores": {}, "parts": {}, "notes": {}, "valid": True}
         for f, p in zip(files, prompts, strict=True)
     ]
     groups: dict[tuple[int, int], list[int]] = {}
-    for k, picture in enumerate(pictures):
-        groups.setdefault(picture.size, []).append(k)
+    for k, size in enumerate(sizes):
+        groups.setdefault(size, []).append(k)
     for name, judge in zip(names, judges, strict=True):
         whole = not getattr(judge, "stationary", True)  # such a one compares the images of a call
         for group in groups.values():
             step = len(group) if whole else batch_size
             for start in range(0, len(group), step):
                 chosen = group[start : start + step]
-                images = as_tensor([pictures[k] for k in chosen])
+                images = as_tensor([_open(files[k]) for k in chosen])
                 images = images.to(device) if device else images
                 with torch.no_grad():
                     found = judge(images, [prompts[k] for k in chosen])
