@@ -134,7 +134,7 @@ class LocalChat:
 
 
 class _Top:
-    """Keeps the likeliest tokens of each step; whole logits of long answers would fill a device."""
+    """Keeps the likeliest tokens of each step: whole logits of long answers fill a device."""
 
     def __init__(self) -> None:
         self.steps: list[list[dict[int, float]]] = []
