@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from steering.apps.demo_command import demo
 from steering.apps.geneval import app as geneval
 from steering.apps.stickers import app as stickers
 from steering.errors import SteeringError
@@ -25,6 +26,7 @@ app = typer.Typer(
 console = Console(stderr=True)
 app.add_typer(stickers, name="stickers")
 app.add_typer(geneval, name="geneval")
+app.command("demo")(demo)
 
 MODEL_HELP = "'stickers', 'stickers-sd', 'stickers-turbo', a folder, or a hub id."
 Prompt = Annotated[str, typer.Argument(help="What the picture should show.")]

@@ -12,7 +12,7 @@ from steering.api import check_prompts
 from steering.apps.demo_forms import option_fields
 from steering.errors import OptionError, RecipeError, SteeringError, unknown_name
 from steering.ledger import Budget
-from steering.loading import call_defaults
+from steering.loading import SHIPPED, call_defaults
 from steering.method import Cost, Method, build_method
 from steering.recipe import Recipe
 from steering.registry import METHODS, REWARDS
@@ -267,6 +267,8 @@ class Offer:
 
     def _check_spec(self, spec: str) -> None:
         """A recipe may come from anywhere: it must not reach for files or addresses."""
+        for name in SHIPPED:
+            spec = spec.replace(f"(model={name})", "")
         words = "".join(c if c.isalnum() or c == "_" else " " for c in spec).split()
         if len(spec) > 500 or ("(" in spec and any(w in ("url", "model", "head") for w in words)):
             raise RecipeError(f"The recipe's reward {spec[:80]!r} is not one this server repeats.")

@@ -23,6 +23,7 @@ class Ticket:
     Attributes:
         state: "waiting", "running", "finished", "stopped" or "failed".
         company: how many other runs shared the engine with it.
+        pictures: of each result that are written.
         results: summaries with the files written, best picture first, one per prompt.
     """
 
@@ -32,6 +33,7 @@ class Ticket:
     live: Live
     folder: Path
     chore: Callable[[Lane], Any] | None = None
+    pictures: int = 8
     state: str = "waiting"
     error: str = ""
     company: int = 0

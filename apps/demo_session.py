@@ -28,7 +28,6 @@ from steering.task import Task
 
 log = logging.getLogger("steering.demo")
 _KEPT = 12  # runs of a session that can still be looked at
-_PICTURES = 8  # of a result that are written
 _MODELS, _LANES = 2, 4
 _FORGET = 3600.0  # seconds after which an unseen session's runs and files go
 _UNWATCHED = 60.0  # seconds after which a run that nobody looks at any more stops
@@ -76,9 +75,14 @@ class Host:
     # --- for any thread -------------------------------------------------------------------------
 
     def submit(
-        self, session: str, order: Order, chore: Callable[[Lane], Any] | None = None
+        self,
+        session: str,
+        order: Order,
+        *,
+        chore: Callable[[Lane], Any] | None = None,
+        pictures: int = 8,
     ) -> Ticket:
-        """Queues a run.
+        """Queues a run, or a chore for the thread that owns the order's model.
 
         Raises:
             Busy: the queue, or this session's share of it, is full.
@@ -99,7 +103,7 @@ class Host:
             number = next(self._numbers)
             ticket = Ticket(
                 number, session, order, Live(budget=order.budget.nfe or 0),
-                self.folder(session) / f"{number:06d}", chore,
+                self.folder(session) / f"{number:06d}", chore, pictures,
             )  # fmt: skip
             kept = self._tickets.setdefault(session, deque())
             kept.append(ticket)
@@ -257,7 +261,7 @@ class Host:
         engine = {**result.recipe.engine, "company": ticket.company}
         recipe, files = replace(result.recipe, engine=engine), []
         start = len(list(ticket.folder.glob("*.png")))
-        for k, picture in enumerate(result.pictures()[:_PICTURES]):
+        for k, picture in enumerate(result.pictures()[: ticket.pictures]):
             files.append(ticket.folder / picture_name(start + k))
             write_png(picture, files[-1], replace(recipe, image=k))
         return Outcome(

@@ -268,6 +268,6 @@ def _chart(
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
         parts.append(
-            f'<text x="{_PAD + 130 * k}" y="18" fill="{colour}">{html.escape(name)}</text>'
+            f'<text x="{_PAD + 130 * k}" y="18" style="fill:{colour}">{html.escape(name)}</text>'
         )
     return _figure(_svg(_W, _H, title, "".join(parts)), title)

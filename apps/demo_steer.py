@@ -1,0 +1,348 @@
+"""The Steer tab: the form, the live view and the result."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from steering.apps import demo_actions as actions
+from steering.apps import demo_views as views
+from steering.apps.demo_api import refusal, session_of
+from steering.apps.demo_forms import Field, option_fields, read_options
+from steering.apps.demo_order import Order
+from steering.apps.demo_queue import Ticket
+from steering.apps.demo_session import Host
+from steering.registry import METHODS
+
+EXAMPLE = "a photo of a red apple and a blue clock"
+_PLAIN = "(defaults)"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The controls every run needs, in the order of a listener's inputs."""
+
+    prompt: gr.Textbox
+    model: gr.Dropdown
+    heldout: gr.CheckboxGroup
+    nfe: gr.Number
+    seed: gr.Number
+    steps: gr.Number
+    scale: gr.Number
+    compare: gr.Checkbox
+
+    def listed(self) -> list[Any]:
+        return [
+            self.prompt, self.model, self.heldout, self.nfe, self.seed, self.steps, self.scale,
+            self.compare,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where a run is shown."""
+
+    status: gr.HTML
+    best: gr.HTML
+    plots: gr.HTML
+    gallery: gr.HTML
+    result: gr.HTML
+    tree: gr.HTML
+    file: gr.DownloadButton
+    python: gr.Textbox
+    command: gr.Textbox
+
+    def listed(self) -> list[Any]:
+        return [
+            self.status, self.best, self.plots, self.gallery, self.result, self.tree, self.file,
+            self.python, self.command,
+        ]  # fmt: skip
+
+    def cleared(self) -> dict[Any, Any]:
+        """Nothing left of an earlier run."""
+        found: dict[Any, Any] = dict.fromkeys(self.listed()[:6], "")
+        found |= {self.file: gr.DownloadButton(value=None, interactive=False)}
+        return found | {self.python: "", self.command: ""}
+
+
+def steer_tab(host: Host) -> None:
+    """Builds the tab."""
+    with gr.Row(elem_classes="st-main"):
+        with gr.Column(scale=2, min_width=300):
+            asked = _form(host)
+            method = gr.Dropdown(METHODS.names(), value="fk", label="Method", elem_id="method")
+            preset = gr.Dropdown([_PLAIN], value=_PLAIN, label="Preset of the method")
+            chosen = rewards_control(host)
+            options_at = gr.Column()
+            guess = gr.HTML(elem_id="estimate")
+            with gr.Row():
+                steer = gr.Button("Steer", variant="primary", elem_id="steer")
+                cancel = gr.Button("Cancel", elem_id="cancel")
+        with gr.Column(scale=3, min_width=300):
+            shown = _show()
+    timed = [asked.nfe, method, asked.model, asked.steps, asked.scale, asked.compare]
+    told = {"inputs": timed, "outputs": guess, "show_progress": "hidden"}
+    for control in timed:
+        control.change(_estimator(host), api_visibility="private", **told)
+    guess.attach_load_event(_estimator(host), None, inputs=timed)
+    method.change(_presets, method, preset, show_progress="hidden", api_visibility="private")
+    cancel.click(_canceller(host), None, shown.status, api_visibility="private")
+    with options_at:
+
+        @gr.render(inputs=[method, preset, chosen], show_progress="hidden")
+        def options_form(name: str, chosen_preset: str, rewards: list[str]) -> None:
+            weights = [
+                gr.Number(1.0, label=f"Weight of {r}", key=f"weight-{r}", minimum=-1000)
+                for r in rewards
+            ]
+            fields = option_fields(METHODS.get(name))
+            controls = _controls(name, chosen_preset, fields)
+            gr.on(
+                [steer.click, asked.prompt.submit],
+                _steerer(host, shown, name, list(rewards), [f.name for f in fields]),
+                [*asked.listed(), *weights, *controls],
+                shown.listed(),
+                api_visibility="private",
+                show_progress="hidden",
+                concurrency_limit=None,
+            )
+
+
+def rewards_control(host: Host, label: str = "Rewards that guide") -> gr.CheckboxGroup:
+    names = list(host.offer.rewards)
+    return gr.CheckboxGroup(names, value=[first_reward(host)], label=label, elem_classes="st-many")
+
+
+def first_reward(host: Host) -> str:
+    """The reward chosen before a person chooses."""
+    return "clip" if "clip" in host.offer.rewards else host.offer.rewards[0]
+
+
+def heldout_control(host: Host) -> gr.CheckboxGroup:
+    names = list(host.offer.rewards)
+    return gr.CheckboxGroup(
+        names,
+        value=["detector"] if "detector" in names and names != ["detector"] else [],
+        label="Held-out verifiers",
+        info="They judge the result; the search never sees them.",
+        elem_classes="st-many",
+    )
+
+
+def model_control(host: Host) -> gr.Dropdown:
+    offer = host.offer
+    return gr.Dropdown(
+        list(offer.models),
+        value=offer.models[0],
+        label="Model",
+        info="Or type a folder or hub id." if offer.any_model else None,
+        allow_custom_value=True,  # what is not offered is refused with a message of its own
+    )
+
+
+def _form(host: Host) -> Asked:
+    limits = host.offer.limits
+    prompt = gr.Textbox(EXAMPLE, label="Prompt", elem_id="prompt", max_lines=4)
+    model = model_control(host)
+    with gr.Row():
+        nfe = gr.Number(
+            320, label="Budget", precision=0, elem_id="nfe", min_width=120,
+            info=f"Network rows, up to {limits.nfe}; guidance counts 2.",
+        )  # fmt: skip
+        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120,
+                         info="Names all random numbers.")  # fmt: skip
+    with gr.Accordion("Model call and verifiers", open=False):
+        with gr.Row():
+            steps = gr.Number(None, label="Denoising steps", precision=0, elem_id="steps",
+                              info="Empty: the model's own.", min_width=120)  # fmt: skip
+            scale = gr.Number(None, label="Guidance scale", info="Empty: the model's own.",
+                              min_width=120)  # fmt: skip
+        heldout = heldout_control(host)
+        compare = gr.Checkbox(
+            True, label="Compare with unsteered and best-of-N at the same cost", elem_id="beside"
+        )
+    return Asked(prompt, model, heldout, nfe, seed, steps, scale, compare)
+
+
+def _show() -> Shown:
+    status = gr.HTML(elem_id="status")
+    best = gr.HTML(elem_id="best")
+    result = gr.HTML(elem_id="result")
+    file = gr.DownloadButton("Download PNG with recipe", interactive=False, elem_id="download")
+    plots = gr.HTML(elem_id="plots")
+    gallery = gr.HTML(elem_id="gallery")
+    tree = gr.HTML(elem_id="tree")
+    with gr.Accordion("The same run elsewhere", open=False):
+        python = gr.Textbox(label="Python", lines=8, buttons=["copy"], interactive=False)
+        command = gr.Textbox(label="Command line", lines=3, buttons=["copy"], interactive=False)
+    return Shown(status, best, plots, gallery, result, tree, file, python, command)
+
+
+def _controls(method: str, preset: str, fields: list[Field]) -> list[Any]:
+    """A control per option, holding the preset's value where it sets one."""
+    given: Mapping[str, Any] = METHODS.get(method).presets.get(preset, {})
+    made = []
+    with gr.Accordion(f"Options of {method}", open=False, key=f"options-{method}"):
+        for f in fields:
+            value = f.shown(given.get(f.name, f.default))
+            label = f.name.replace("_", " ")
+            common = {"label": label, "info": f.help or None, "key": f"{method}-{preset}-{f.name}"}
+            if f.kind == "flag":
+                made.append(gr.Checkbox(value, **common))
+            elif f.kind == "choice":
+                made.append(gr.Dropdown(list(f.choices), value=value, **common))
+            elif f.kind == "list":
+                made.append(gr.Textbox(value, **common))
+            else:
+                precision = 0 if f.kind == "whole" else None
+                made.append(gr.Number(value, precision=precision, **common))
+    return made
+
+
+def _presets(method: str) -> Any:  # noqa: ANN401
+    names = [_PLAIN, *METHODS.get(method).presets]
+    return gr.Dropdown(names, value=_PLAIN)
+
+
+def _estimator(host: Host) -> Any:  # noqa: ANN401
+    async def guess(
+        nfe: float, method: str, model: str, steps: float, scale: float, beside: bool
+    ) -> str:
+        call = {"num_inference_steps": steps, "guidance_scale": scale}
+        try:
+            order = host.offer.order(
+                "any", model=model, method=method, rewards={first_reward(host): 1.0}, nfe=nfe,
+                call=call,
+            )  # fmt: skip
+        except Exception as error:
+            return views.message(refusal(error), wrong=True)
+        found = actions.estimate(host, order, 2 if beside else 1)
+        busy = f" {found['running'] + found['waiting']} runs are on their way already."
+        words = (
+            "No run like this was measured yet."
+            if found["seconds"] is None
+            else f"About {found['seconds']:.0f} s{' with its comparison' * beside}."
+        )
+        return views.message(words + busy * (found["running"] + found["waiting"] > 0))
+
+    return guess
+
+
+def _canceller(host: Host) -> Any:  # noqa: ANN401
+    async def cancel(request: gr.Request) -> Any:  # noqa: ANN401
+        if not host.cancel(session_of(request)):
+            return views.message("Nothing of yours is running.")
+        return gr.skip()  # the run itself says how it ended
+
+    return cancel
+
+
+def _steerer(host: Host, shown: Shown, method: str, rewards: list[str], options: list[str]) -> Any:  # noqa: ANN401
+    async def steer(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:  # noqa: ANN401
+        prompt, model, heldout, nfe, seed, steps, scale, beside = values[:8]
+        weights = dict(zip(rewards, values[8:], strict=False))
+        controls = dict(zip(options, values[8 + len(rewards) :], strict=True))
+        yield shown.cleared()
+        try:
+            order = host.offer.order(
+                prompt, model=model, method=method,
+                options=read_options(METHODS.get(method), controls),
+                rewards=weights, heldout=heldout, nfe=nfe, seed=seed,
+                call={"num_inference_steps": steps, "guidance_scale": scale},
+            )  # fmt: skip
+            ticket = host.submit(session_of(request), order)
+        except Exception as error:
+            yield {shown.status: views.message(refusal(error), wrong=True)}
+            return
+        async for update in _watch(host, shown, ticket):
+            yield update
+        if ticket.results:
+            async for update in _finish(host, shown, ticket, order, beside):
+                yield update
+
+    return steer
+
+
+async def _watch(host: Host, shown: Shown, ticket: Ticket) -> AsyncIterator[dict[Any, Any]]:
+    """The live view of a run; parts that did not change are not sent again."""
+    last: dict[Any, str] = {}
+    async for (snap,) in actions.follow(host, ticket):
+        parts = {
+            shown.status: views.status(ticket, snap, host.ahead(ticket)),
+            shown.best: views.best(snap),
+            shown.plots: views.plots(snap),
+            shown.gallery: views.gallery(snap),
+        }
+        changed = {k: v for k, v in parts.items() if last.get(k) != v}
+        last |= changed
+        if changed:
+            yield changed
+
+
+async def _finish(
+    host: Host, shown: Shown, ticket: Ticket, order: Order, beside: bool
+) -> AsyncIterator[dict[Any, Any]]:
+    """The result, then best-of-N for as many network rows, and both side by side."""
+    outcome = ticket.results[0]
+    yield {
+        shown.result: _columns(ticket, None),
+        shown.tree: views.family_tree(outcome),
+        shown.file: gr.DownloadButton(value=str(outcome.files[0]), interactive=True),
+        shown.python: actions.as_python(outcome.recipe),
+        shown.command: actions.as_command(outcome.recipe),
+    }
+    if not beside or ticket.state != "finished":
+        return
+    done, snap = views.status(ticket, ticket.live.snapshot(), 0), ticket.live.snapshot()
+    wait = views.message("Now best-of-N and the unsteered picture for the same cost.")
+    yield {shown.status: done + wait}
+    try:
+        other = host.submit(ticket.session, actions.baseline(order, outcome.nfe), pictures=256)
+    except Exception as error:
+        yield {shown.status: done + views.message(refusal(error), wrong=True)}
+        return
+    async for _ in actions.follow(host, other):
+        pass
+    if not other.results or other.state != "finished":
+        words = other.error or "The comparison was stopped."
+        yield {shown.status: done + views.message(words, wrong=other.state == "failed")}
+        return
+    yield {
+        shown.status: done,
+        shown.result: _columns(ticket, other),
+        shown.plots: views.plots(snap, views.best_of_n_line(other.results[0])),
+    }
+
+
+def _columns(ticket: Ticket, other: Ticket | None) -> str:
+    """Unsteered, best-of-N and steered, as far as they exist."""
+    outcome = ticket.results[0]
+    title = outcome.recipe["method"]["name"]
+    if ticket.state == "stopped":
+        title += " (stopped: best so far)"
+    entries = []
+    if other is not None:
+        entries = baseline_entries(other)
+    steered = views.file_bytes(outcome.files[0])
+    if steered is not None:
+        entries.append((f"Steered by {title}", steered, views.facts(outcome)))
+    return views.columns(entries)
+
+
+def baseline_entries(other: Ticket) -> list[tuple[str, bytes, list[tuple[str, str]]]]:
+    """Cards of the unsteered sample and of the best of N."""
+    found, entries = other.results[0], []
+    first = actions.first_sample(found)
+    count = len(found.summary["slots"])
+    plain = views.file_bytes(found.files[first]) if first < len(found.files) else None
+    if plain is not None:
+        facts = [f for f in views.facts(found, first) if f[0] not in ("network rows",)]
+        cost = ("network rows", str(round(found.nfe / count)))
+        entries.append(("Unsteered", plain, [*facts[:-1], cost, ("reward calls", "1")]))
+    top = views.file_bytes(found.files[0])
+    if top is not None:
+        entries.append((f"Best of {count}", top, views.facts(found)))
+    return entries
