@@ -187,14 +187,14 @@ MUTANTS = (
         "rewards/detection_models.py",
         "p = logits.softmax(-1)[..., :-1]",
         "p = logits.softmax(-1)",
-        (f"{DETECTION}::test_counts_are_those_of_the_plain_decoding[detr]",),
+        (f"{DETECTION}::test_a_query_scores_its_class_times_the_mean_of_its_mask",),
     ),
     Mutant(
         "mask quality left out",
         "rewards/detection_models.py",
         " * quality.unsqueeze(-1)",
         "",
-        (f"{DETECTION}::test_counts_are_those_of_the_plain_decoding[mask2former]",),
+        (f"{DETECTION}::test_a_query_scores_its_class_times_the_mean_of_its_mask",),
     ),
     Mutant(
         "ocr minds the case",

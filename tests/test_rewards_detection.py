@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from transformers import (
 from steering.errors import OptionError, WeightsError
 from steering.rewards import as_reward
 from steering.rewards.detection import Count, Presence
-from steering.rewards.detection_models import Boxes, Finder, _extents
+from steering.rewards.detection_models import Boxes, Finder, Masks, _extents
 from tests import tiny_detectors
 
 KINDS = tuple(tiny_detectors.BUILD)
@@ -217,6 +220,30 @@ def test_presence_needs_every_thing_often_enough():
         assert float(Presence(objects=objects)(x, "x").value) == hard
         value = float(Presence(objects=objects, mode="smooth")(x, "x").value)
         assert value == pytest.approx(smooth, abs=1e-6)
+
+
+class Fixed(Masks):
+    """Mask2Former's decoding of logits that are given."""
+
+    def __init__(self, classes, masks):
+        out = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+        labels = {0: "apple", 1: "dog"}
+        self.model = type("Net", (), {"__call__": lambda _: out})()
+        self.model.config = SimpleNamespace(id2label=labels)
+
+    def _pixels(self, images):
+        return {}
+
+
+def test_a_query_scores_its_class_times_the_mean_of_its_mask():
+    """The second thinks "no object" likelier than its class, which keeps its probability."""
+    classes = torch.tensor([[[0.5, 0.1, 0.4], [0.1, 0.3, 0.6]]]).log()
+    masks = torch.full((1, 2, 2, 2), -3.0)
+    masks[0, 0, 0, 0], masks[0, 0, 0, 1] = math.log(3), math.log(9)  # 0.75 and 0.9 inside
+    masks[0, 1] = math.log(4)
+    found = Fixed(classes, masks).find(torch.zeros(1, 3, 2, 2), ["apple", "dog"])
+    expected = torch.tensor([[[0.5 * 0.825, 0.0], [0.0, 0.3 * 0.8]]])
+    torch.testing.assert_close(found.scores, expected)
 
 
 def test_masks_have_tight_boxes():
