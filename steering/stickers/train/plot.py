@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT, MARGIN = 300, 200, 44
 INK, LINE, FAINT = (40, 40, 40), (30, 90, 180), (190, 205, 230)
-SMOOTH = 5  # log lines in the running mean
+SMOOTH = 3  # log lines in the running mean
 
 
 def read(log: Path, column: str) -> tuple[np.ndarray, np.ndarray]:
