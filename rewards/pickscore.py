@@ -49,7 +49,7 @@ class PickScore(Networked):
 
     def _values(self, net: Encoder, images: Tensor, prompts: Sequence[Any]) -> Tensor:
         cosines = (net.image(images) * net.text(need_text(prompts, self.name))).sum(-1)
-        return self.scale * net.model.logit_scale.exp().float() * cosines
+        return self.scale * net.model.logit_scale.exp() * cosines
 
 
 @lru_cache(maxsize=2)
@@ -69,7 +69,7 @@ def clip_towers(source: str, tokenizer: str, precision: str, device: str, reward
     size = net.config.vision_config.image_size
     return Encoder(
         Loaded(
-            model=Towers(net),
+            model=Towers(net, _logit_scale(folder, net).to(device)),
             tokenizer=Tokens(checkpoints.load_part(AutoTokenizer, words, reward), room),
             preprocess={"size": size, "mean": CLIP_MEAN, "std": CLIP_STD},
             device=torch.device(device),
@@ -77,6 +77,18 @@ def clip_towers(source: str, tokenizer: str, precision: str, device: str, reward
         ),
         reward,
     )
+
+
+def _logit_scale(folder: Path, net: Any) -> Tensor:  # noqa: ANN401
+    """As the file has it: in bf16 its exponential would be 1 % off, in every value."""
+    from safetensors import safe_open
+
+    for path in checkpoints.shards(folder):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                if "logit_scale" in file.keys():
+                    return file.get_tensor("logit_scale").float()
+    return net.logit_scale.float()
 
 
 def _tokenizer_folder(folder: Path, tokenizer: str, reward: str) -> Path:
@@ -90,13 +102,9 @@ def _tokenizer_folder(folder: Path, tokenizer: str, reward: str) -> Path:
 class Towers(torch.nn.Module):
     """A ``CLIPModel`` with the two calls that an `Encoder` makes."""
 
-    def __init__(self, net: Any) -> None:  # noqa: ANN401
+    def __init__(self, net: Any, logit_scale: Tensor) -> None:  # noqa: ANN401
         super().__init__()
-        self.net = net
-
-    @property
-    def logit_scale(self) -> Tensor:
-        return self.net.logit_scale
+        self.net, self.logit_scale = net, logit_scale
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return as_features(self.net.get_image_features(pixel_values=pixels))

@@ -9,7 +9,7 @@ import transformers as H
 from steering.errors import OptionError, RewardError, WeightsError
 from steering.rewards import as_reward
 from steering.rewards.networked import at_work
-from steering.rewards.pickscore import PickScore
+from steering.rewards.pickscore import PickScore, clip_towers
 from tests.tiny_rewards import (
     PROMPTS,
     check_contract,
@@ -92,12 +92,17 @@ def test_gradient_is_the_slope(folder):
     assert slope_error(PickScore(model=str(folder), batch_size=2), x, PROMPTS[:3]) < 0.02
 
 
+PRECISIONS = ("fp32", "bf16")
+
+
 def test_bfloat16_is_close(folder):
     images = pictures()
     exact = PickScore(model=str(folder))(images, PROMPTS).value
     rough = PickScore(model=str(folder), precision="bf16")(images, PROMPTS).value
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.03 * 14.3)
+    scales = [clip_towers(str(folder), "", p, "cpu", "x").model.logit_scale for p in PRECISIONS]
+    assert float(scales[0]) == float(scales[1])  # a rounded one would shift every value
 
 
 def test_offload_moves_the_network_only_when_no_gradient_can_follow(folder, monkeypatch):
