@@ -15,9 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +24,7 @@ from steering.apps.geneval_store import Journal
 from steering.errors import OptionError, SteeringError
 from steering.recipe import atomic, package_versions
 from steering.rewards.geneval_colors import ClipColors, Judged, Scorer
+from steering.rewards.images import as_tensor, open_picture
 from steering.scoring import (
     Reward,
     heldout_labels,
@@ -146,14 +145,9 @@ def read_image(path: Path) -> Tensor:
     """An image file as [3, H, W] in [0, 1], upright.
 
     Raises:
-        SteeringError: not a whole image.
+        OptionError: not a whole image.
     """
-    try:
-        with Image.open(path) as image:
-            array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise SteeringError(f"{path}: not a readable image ({error}).") from error
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    return as_tensor(open_picture(path))[0]
 
 
 @torch.no_grad()

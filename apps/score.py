@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.table import Table
 
 from steering.errors import OptionError
 from steering.rewards import as_reward
-from steering.rewards.images import as_tensor
+from steering.rewards.images import as_tensor, open_picture
 from steering.scoring import labels
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -73,7 +72,9 @@ def score_files(
     """
     judges = [as_reward(text) for text in rewards]
     names = labels(judges)
-    sizes = [_open(path).size for path in files]  # what cannot be read is told before any work
+    sizes = [
+        open_picture(path).size for path in files
+    ]  # what cannot be read is told before any work
     rows: list[dict[str, Any]] = [
         {"file": str(f), "prompt": p, "scores": {}, "parts": {}, "notes": {}, "valid": True}
         for f, p in zip(files, prompts, strict=True)
@@ -87,7 +88,7 @@ def score_files(
             step = len(group) if whole else batch_size
             for start in range(0, len(group), step):
                 chosen = group[start : start + step]
-                images = as_tensor([_open(files[k]) for k in chosen])
+                images = as_tensor([open_picture(files[k]) for k in chosen])
                 images = images.to(device) if device else images
                 with torch.no_grad():
                     found = judge(images, [prompts[k] for k in chosen])
@@ -122,14 +123,6 @@ def _enter(rows: list[dict[str, Any]], chosen: Sequence[int], name: str, found: 
             row["parts"][name] = {part: float(v[at]) for part, v in found.parts.items()}
         if found.notes:
             row["notes"][name] = {note: v[at] for note, v in found.notes.items()}
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise OptionError(f"{path} cannot be read as a picture ({error}).") from error
 
 
 def _recorded(path: Path) -> str | None:

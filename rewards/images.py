@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from steering.errors import OptionError, RewardError
 
+# What Pillow raises on damaged files; a bomb is an image of too many pixels.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
+)  # fmt: skip
 TOLERANCE = 1e-3  # beyond [0, 1]; decoders clamp, so anything further is another scale
 
 
@@ -81,6 +87,19 @@ def need_text(prompts: Sequence[Any], name: str) -> list[str]:
 def device_name(device: torch.device | str) -> str:
     """The device with its index: "cuda" and "cuda:0" must not load a model twice."""
     return str(torch.empty(0, device=device).device)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file as RGB, upright.
+
+    Raises:
+        OptionError: not a whole picture, or one of too many pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except _UNREADABLE as error:
+        raise OptionError(f"{path} cannot be read as a picture ({error}).") from error
 
 
 def default_device() -> str:

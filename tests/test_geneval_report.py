@@ -400,7 +400,7 @@ def test_unreadable_images_are_one_kind_of_error(tmp_path):
     from steering.apps.geneval_score import read_image
 
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(SteeringError, match="not a readable image"):
+    with pytest.raises(SteeringError, match="cannot be read as a picture"):
         read_image(tmp_path / "x.png")
     turned = Image.new("RGB", (8, 4), "red")
     exif = Image.Exif()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from steering.apps import cli
+from steering.apps.geneval_score import read_image
 from steering.apps.score import find, prompts_of, score_files
 from steering.errors import OptionError
 
@@ -77,6 +78,12 @@ def test_a_picture_made_by_steer_brings_its_prompt(tmp_path):
     assert prompts_of(files, []) == [prompt] * len(files)
     rows = score_files(files, prompts_of(files, []), ["detector"])
     assert rows[0]["scores"]["detector"] in (0.0, 1.0)
+
+
+def test_a_picture_of_too_many_pixels_is_one_clear_error(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(OptionError, match="cannot be read as a picture"):
+        read_image(folder / "a.png")
 
 
 def test_batches_and_sizes_do_not_change_scores(folder):
