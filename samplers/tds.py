@@ -202,10 +202,13 @@ class TDS(Twisted):
     """Twisted diffusion sampler: the twist is added to the score.
 
     Attributes:
+        start: a quarter by default: estimates of x0 say little before, and their twists cost
+            variance (measured on mixtures: sd of ln Z 6.0 to 1.5 on a rippled reward).
         clip_x0: the shifted estimate of x0 stays within +-clip_x0, for models of pixels in
             [-1, 1]; it changes the proposal only.
     """
 
+    start: float = 0.25
     clip_x0: float | None = None
 
     name: ClassVar[str] = "tds"
@@ -213,7 +216,7 @@ class TDS(Twisted):
     paper: ClassVar[str] = "Wu et al. 2023, arXiv 2306.17775"
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # The authors' image experiments: 4 particles, resampled systematically at every step.
-        "authors": {"n_particles": 4, "resample": "always"},
+        "authors": {"n_particles": 4, "resample": "always", "start": 0.0},
     }
 
     def __post_init__(self) -> None:

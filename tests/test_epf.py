@@ -238,7 +238,7 @@ def test_constant_rewards_change_nothing(rule: str, correct: bool) -> None:
 def test_without_annealing_it_is_fk_bit_for_bit(resample: str) -> None:
     rule = {"n_particles": 16, "reward_scale": 1.0, "checkpoints": CHECKPOINTS}
     ours = steer(line(), LINE, EPF(anneal="off", resample=resample, **rule))
-    fk = steer(line(), LINE, FK(resample=resample, **rule))
+    fk = steer(line(), LINE, FK(resample=resample, damping="none", **rule))
     assert len(fk.trace.ancestors) > 0
     assert ours.trace.ancestors == fk.trace.ancestors
     assert torch.equal(ours.samples, fk.samples)

@@ -51,20 +51,20 @@ RULES = {
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_every_rule_has_the_same_target(rule: str) -> None:
     """2-D mixture. Measured: at most 1.8 standard errors."""
-    method = TDS(n_particles=N, reward_scale=1.0, **RULES[rule])
+    method = TDS(n_particles=N, reward_scale=1.0, **{"start": 0.0, **RULES[rule]})
     assert worst("plane", method) < 5.0
 
 
 @pytest.mark.parametrize("world", ["line", "sixteen"])
 def test_in_one_and_sixteen_dimensions(world: str) -> None:
-    method = TDS(n_particles=N, reward_scale=WORLDS[world][2], resample="always")
+    method = TDS(start=0.0, n_particles=N, reward_scale=WORLDS[world][2], resample="always")
     assert worst(world, method) < 5.0
 
 
 def test_one_gaussian_against_the_affine_recursion() -> None:
     scale = 1.5
     mean, variance = affine_end(bell())
-    results = repeated(bell, LINE, TDS(n_particles=N, reward_scale=scale))
+    results = repeated(bell, LINE, TDS(start=0.0, n_particles=N, reward_scale=scale))
     log_z = scale * mean + 0.5 * scale**2 * variance
     z = [math.exp(r.log_z - log_z) for r in results]
     assert distance(z, 1.0) < 5.0
@@ -85,7 +85,7 @@ def test_weights_by_hand_for_a_linear_reward_and_one_gaussian() -> None:
     """Densities written out: normal laws with the shift that the paper's formula gives."""
     scale, m, s = 1.5, 0.5, 0.6
     model = Noted([1.0], [m], [s], steps=5)
-    method = TDS(n_particles=7, reward_scale=scale, resample="never", eta=0.8)
+    method = TDS(start=0.0, n_particles=7, reward_scale=scale, resample="never", eta=0.8)
     result = steer(model, LINE, method, seed=3)
     order = result.slots.argsort()
     states = [x[:, 0] for x in model.seen] + [result.samples[order, 0]]
@@ -113,7 +113,7 @@ def test_weights_are_flat_where_the_twist_is_nearly_exact() -> None:
     """A linear reward of one Gaussian has the exact twist; finer grids leave less to correct."""
     share = {}
     for steps in (4, 64):
-        method = TDS(n_particles=256, reward_scale=2.0, resample="never")
+        method = TDS(start=0.0, n_particles=256, reward_scale=2.0, resample="never")
         result = steer(bell(steps=steps), LINE, method)
         share[steps] = float(1.0 / result.weights.square().sum()) / 256
     plain = steer(bell(steps=64), LINE, BestOfN(n=256, reward_scale=2.0, select="all", eta=1.0))
@@ -152,7 +152,7 @@ def test_after_resampling_every_particle_leans_by_its_own_gradient() -> None:
 @pytest.mark.parametrize("n", [1, 5])
 def test_reward_scale_zero_is_the_base_sampler_bit_for_bit(n: int) -> None:
     base = steer(plane(), BOWL, BestOfN(n=n, select="all", reward_scale=0.0, eta=1.0))
-    result = steer(plane(), BOWL, TDS(n_particles=n, reward_scale=0.0, resample="ess"))
+    result = steer(plane(), BOWL, TDS(start=0.0, n_particles=n, reward_scale=0.0, resample="ess"))
     assert torch.equal(result.samples, base.samples)
     assert torch.equal(result.log_weights, torch.zeros(n, dtype=torch.float64))
     assert result.log_z == 0.0
@@ -161,8 +161,8 @@ def test_reward_scale_zero_is_the_base_sampler_bit_for_bit(n: int) -> None:
 @pytest.mark.parametrize("rule", ["ess", "always"])
 def test_no_twist_is_feynman_kac_bit_for_bit(rule: str) -> None:
     fractions = tuple(i / 8 for i in range(7))
-    fk = FK(n_particles=9, reward_scale=1.5, checkpoints=fractions, resample=rule)
-    tds = TDS(n_particles=9, reward_scale=1.5, twist_scale=0.0, resample=rule)
+    fk = FK(damping="none", n_particles=9, reward_scale=1.5, checkpoints=fractions, resample=rule)
+    tds = TDS(start=0.0, n_particles=9, reward_scale=1.5, twist_scale=0.0, resample=rule)
     a, b = steer(plane(), BOWL, fk), steer(plane(), BOWL, tds)
     assert torch.equal(a.samples, b.samples)
     torch.testing.assert_close(a.log_weights, b.log_weights, rtol=0, atol=1e-12)
@@ -177,7 +177,7 @@ def test_a_start_at_the_end_is_importance_sampling() -> None:
 
 
 def test_one_particle_and_one_step() -> None:
-    result = steer(line(steps=1), LINE, TDS(n_particles=1, reward_scale=2.0))
+    result = steer(line(steps=1), LINE, TDS(start=0.0, n_particles=1, reward_scale=2.0))
     assert result.log_z == pytest.approx(2.0 * float(result.rewards[0]), abs=1e-6)
 
 
@@ -195,7 +195,7 @@ def test_gradients_that_are_not_numbers_move_nothing_and_are_counted() -> None:
     def edge(x):
         return torch.where(x[:, 0] > 0, x[:, 0], -torch.sqrt(torch.relu(-x[:, 0]) * 0.0))
 
-    result = steer(plane(), edge, TDS(n_particles=16, reward_scale=1.0))
+    result = steer(plane(), edge, TDS(start=0.0, n_particles=16, reward_scale=1.0))
     assert max(result.trace.column("bad")) > 0
     assert torch.isfinite(result.samples).all()
     slope = torch.tensor([[1.0, math.nan], [2.0, 3.0], [math.inf, 0.0]])
@@ -208,7 +208,7 @@ def test_a_preview_of_minus_infinity_kills_nothing_yet() -> None:
     def cliff(x):
         return torch.where(x[:, 0] > -0.5, x[:, 0], -math.inf)
 
-    result = steer(plane(), cliff, TDS(n_particles=32, reward_scale=1.0))
+    result = steer(plane(), cliff, TDS(start=0.0, n_particles=32, reward_scale=1.0))
     assert torch.isfinite(result.log_weights).any()
     assert math.isfinite(result.log_z)
 
@@ -241,7 +241,12 @@ def test_a_larger_score_keeps_the_state() -> None:
 
 @pytest.mark.parametrize(
     ("options", "twisted"),
-    [({}, 5), ({"start": 0.5, "resample": "always"}, 2), ({"micro_batch": 1, "start": 0.2}, 4)],
+    [
+        ({}, 3),
+        ({"start": 0.0}, 5),
+        ({"start": 0.5, "resample": "always"}, 2),
+        ({"micro_batch": 1, "start": 0.2}, 4),
+    ],
 )
 def test_the_ledger_is_the_closed_formula(options: dict, twisted: int) -> None:
     n, rows = 3, 2
@@ -256,7 +261,7 @@ def test_a_budget_is_filled() -> None:
     ledger = steer(plane(), BOWL, TDS(), nfe=50).ledger
     assert ledger.nfe == 48
     budget = steering.Budget(reward_calls=17)
-    assert steer(plane(), BOWL, TDS(), budget=budget).ledger.reward_calls == 16
+    assert steer(plane(), BOWL, TDS(start=0.0), budget=budget).ledger.reward_calls == 16
 
 
 def test_refusals_come_before_the_first_call() -> None:
