@@ -207,6 +207,11 @@ def score(
         typer.echo(json.dumps(finite(rows), allow_nan=False))
     else:
         Console().print(scoring.tabulate(rows))
+    failures = dict.fromkeys(error for row in rows for error in row["errors"].values())
+    for error in failures:
+        console.print(error, markup=False)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command("serve-reward")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from steering.errors import OptionError
+from steering.errors import OptionError, RewardError
 from steering.rewards import as_reward
 from steering.rewards.images import as_tensor, open_picture
 from steering.scoring import labels
@@ -62,38 +63,55 @@ def score_files(
     device: str | None = None,
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
-    """One row per file: {"file", "prompt", "scores", "parts", "notes", "valid"}.
+    """One row per file: {"file", "prompt", "scores", "parts", "notes", "errors", "valid"}.
 
-    Pictures of one size go through a reward together.
+    Pictures of one size go through a reward together. Where a reward fails, what it and the others
+    have finished is kept; its other rows are NaN, with the reason in "errors".
 
     Raises:
         OptionError: an unknown reward, a file that is no picture, or a missing prompt.
-        RewardError: a reward failed.
     """
     judges = [as_reward(text) for text in rewards]
     names = labels(judges)
-    sizes = [
-        open_picture(path).size for path in files
-    ]  # what cannot be read is told before any work
+    sizes = [open_picture(path).size for path in files]  # unreadable ones are told at once
     rows: list[dict[str, Any]] = [
-        {"file": str(f), "prompt": p, "scores": {}, "parts": {}, "notes": {}, "valid": True}
+        {"file": str(f), "prompt": p, "scores": {}, "parts": {}, "notes": {}, "errors": {}}
         for f, p in zip(files, prompts, strict=True)
     ]
+    for row in rows:
+        row["valid"] = True
+    for name, judge in zip(names, judges, strict=True):
+        for chosen in _calls(sizes, judge, batch_size):
+            images = as_tensor([open_picture(files[k]) for k in chosen])
+            images = images.to(device) if device else images
+            try:
+                with torch.no_grad():
+                    _enter(rows, chosen, name, judge(images, [prompts[k] for k in chosen]))
+            except RewardError as error:
+                # A sum's error may hold the scores of one of its members.
+                if (done := getattr(error, "scores", None)) and not hasattr(judge, "terms"):
+                    _enter(rows, chosen, name, done)
+                _give_up(rows, name, error)
+                break
+    return rows
+
+
+def _calls(sizes: Sequence[tuple[int, int]], judge: Any, most: int) -> Iterator[list[int]]:  # noqa: ANN401
+    """Pictures that go together: of one size, and all of them where a reward compares them."""
     groups: dict[tuple[int, int], list[int]] = {}
     for k, size in enumerate(sizes):
         groups.setdefault(size, []).append(k)
-    for name, judge in zip(names, judges, strict=True):
-        whole = not getattr(judge, "stationary", True)  # such a one compares the images of a call
-        for group in groups.values():
-            step = len(group) if whole else batch_size
-            for start in range(0, len(group), step):
-                chosen = group[start : start + step]
-                images = as_tensor([open_picture(files[k]) for k in chosen])
-                images = images.to(device) if device else images
-                with torch.no_grad():
-                    found = judge(images, [prompts[k] for k in chosen])
-                _enter(rows, chosen, name, found)
-    return rows
+    for group in groups.values():
+        step = most if getattr(judge, "stationary", True) else len(group)
+        for start in range(0, len(group), step):
+            yield group[start : start + step]
+
+
+def _give_up(rows: list[dict[str, Any]], name: str, error: RewardError) -> None:
+    for row in rows:
+        if math.isnan(row["scores"].setdefault(name, math.nan)):
+            row["valid"] = False
+            row["errors"][name] = str(error)
 
 
 def tabulate(rows: Sequence[dict[str, Any]]) -> Table:

@@ -11,7 +11,8 @@ from PIL import Image
 from steering.apps import cli
 from steering.apps.geneval_score import read_image
 from steering.apps.score import find, prompts_of, score_files
-from steering.errors import OptionError
+from steering.errors import OptionError, RewardError
+from steering.rewards import register
 
 
 def run(capsys, *words):
@@ -78,6 +79,24 @@ def test_a_picture_made_by_steer_brings_its_prompt(tmp_path):
     assert prompts_of(files, []) == [prompt] * len(files)
     rows = score_files(files, prompts_of(files, []), ["detector"])
     assert rows[0]["scores"]["detector"] in (0.0, 1.0)
+
+
+def test_what_was_finished_before_a_reward_failed_is_kept(capsys, folder):
+    @register("test_shaky")
+    def shaky(images, prompts):
+        if images.shape[-1] == 16:
+            raise RewardError("broken inside")
+        return images.mean((1, 2, 3))
+
+    code, out, err = run(
+        capsys, "score", str(folder), "--reward", "test_shaky", "--reward", "brightness", "--json"
+    )
+    rows = json.loads(out.strip().splitlines()[-1])
+    assert (code, "broken inside" in err) == (1, True)
+    assert [row["scores"]["test_shaky"] is None for row in rows] == [False, False, True]
+    assert [row["valid"] for row in rows] == [True, True, False]
+    assert [bool(row["errors"]) for row in rows] == [False, False, True]
+    assert all(row["scores"]["brightness"] > 0 for row in rows)
 
 
 def test_a_picture_of_too_many_pixels_is_one_clear_error(folder, monkeypatch):
