@@ -142,7 +142,7 @@ class Auto(Sampler):
         for i, (t, u) in enumerate(ctx.grid.steps()):
             prediction = yield Denoise(x, t)
             if i == min(look, len(ctx.grid) - 1):
-                images = yield Decode(prediction.x0)
+                images = yield Decode(prediction.x0, preview=True)
                 scores = yield Score(images, prediction.x0)
                 early = as_float64(scores.value)
                 yield Progress(step=i, of=len(ctx.grid), preview=images)

@@ -248,7 +248,7 @@ def preview(
     ctx: Context, x0: Tensor, reward_scale: float | None, step: int, factor: float = 1.0
 ) -> Generator[Request, Any, Tensor]:
     """Decodes and scores estimates of x0 [n, *event]: finite log potentials [n], float64."""
-    images = yield Decode(x0)
+    images = yield Decode(x0, preview=True)
     scores = yield Score(images, x0)
     yield Progress(step=step, of=len(ctx.grid), preview=images)
     return factor * lift(tilt(as_float64(scores.value), reward_scale))

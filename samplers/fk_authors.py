@@ -39,7 +39,7 @@ def run_authors(fk: FK, ctx: Context) -> Run:
         x = ctx.move(x, prediction, t, u, kernel, step=i)
         if i not in checkpoints:
             continue
-        images = yield Decode(prediction.x0)
+        images = yield Decode(prediction.x0, preview=True)
         scores = yield Score(images, prediction.x0)
         rewards = _merge(str(fk.potential), as_float64(scores.value), memory)
         last = i == len(grid) - 1

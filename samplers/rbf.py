@@ -270,7 +270,7 @@ class RBF(Sampler):
     ) -> Generator[Request, Any, list[Stand]]:
         """States x [n, *event] with the network's answer and the reward of its estimate."""
         prediction = yield Denoise(x, [ctx.grid.times[k] for k in nodes])
-        images = yield Decode(prediction.x0)
+        images = yield Decode(prediction.x0, preview=True)
         scores = yield Score(images, prediction.x0)
         rewards = as_float64(scores.value).tolist()
         rows = [slice(i, i + 1) for i in range(len(x))]

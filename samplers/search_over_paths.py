@@ -148,7 +148,7 @@ class SearchOverPaths(Sampler):
     ) -> Generator[Request, Any, Tensor]:
         """The N states [n, *event] whose estimates of x0 score best, best first."""
         prediction = yield Denoise(x, ctx.grid.times[node])
-        images = yield Decode(prediction.x0)
+        images = yield Decode(prediction.x0, preview=True)
         scores = yield Score(images, prediction.x0)
         rewards = as_float64(scores.value)
         kept = rewards.argsort(descending=True, stable=True)[: self.n_particles]

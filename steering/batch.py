@@ -32,9 +32,13 @@ class Batch:
         self.kind = type(requests[0])
         self.grad = bool(requests[0].grad)
         self.checkpoint = self.grad and bool(getattr(requests[0], "checkpoint", False))
+        self.preview = bool(getattr(requests[0], "preview", False))
         self.counts = [rows_of(r) for r in requests]
         self.data = _one([_data(r) for r in requests])
-        self.owner = torch.arange(len(tasks)).repeat_interleave(torch.tensor(self.counts))
+        if len(tasks) == 1:
+            self.owner = torch.zeros(self.counts[0], dtype=torch.int64)
+        else:
+            self.owner = torch.arange(len(tasks)).repeat_interleave(torch.tensor(self.counts))
         self._levels: list[Time] | None = None
         self.order = torch.arange(len(self.owner))
         if self.kind is Denoise:
@@ -84,6 +88,12 @@ class Batch:
 
     def charge(self, rows: Tensor, evaluated: int, seconds: float) -> None:
         """Books a call. Network rows are measured for the call and split as costs expect."""
+        if len(self.tasks) == 1:
+            ledger = self.tasks[0].ledger
+            spent = evaluated if self.kind is Denoise else len(rows)
+            ledger.charge(_COUNTER[self.kind], spent, backward=self.grad)
+            ledger.charge_seconds(_KIND[self.kind], seconds)
+            return
         share = torch.bincount(self.owner[rows], minlength=len(self.tasks))
         expected = self._expected(rows, share) if self.kind is Denoise else share.double()
         scale = evaluated / float(expected.sum()) if self.kind is Denoise else 1.0
@@ -108,6 +118,8 @@ class Batch:
         answers: list[Any] = [errors.get(k) for k in range(len(self.tasks))]
         if len(errors) == len(self.tasks):
             return answers
+        if len(self.tasks) == 1 and len(parts) == 1 and self.in_order:
+            return [parts[0][1]]
         whole, rows = _join([answer for _, answer in parts]), _one([r for r, _ in parts])
         back = torch.empty_like(self.order)
         back[rows] = torch.arange(len(rows))

@@ -267,7 +267,10 @@ class Engine:
 
     def _ask(self, batch: Batch, data: Tensor, rows: Tensor) -> Prediction | Tensor:
         """Asks the model; a checkpointed call keeps its input only and runs again backwards."""
-        call: Callable[[Tensor], Any] = functools.partial(self.model.decode, grad=batch.grad)
+        small = getattr(self.model, "decode_preview", None) if batch.preview else None
+        call: Callable[[Tensor], Any] = functools.partial(
+            small or self.model.decode, grad=batch.grad
+        )
         if batch.kind is Denoise:
             at: dict[str, Any] = {"t": batch.times(rows), "cond": batch.conds(rows)}
             call = functools.partial(self.model.predict, grad=batch.grad, **at)
@@ -288,7 +291,7 @@ def _shared(task: Task, request: Request) -> tuple[object, ...]:
     reward = id(task.reward) if isinstance(request, Score) else None
     if _whole(task, type(request)):
         reward = id(task)
-    keeps = getattr(request, "grad", False), getattr(request, "checkpoint", False)
+    keeps = (getattr(request, name, False) for name in ("grad", "checkpoint", "preview"))
     return (reward, *keeps)
 
 

@@ -40,11 +40,16 @@ class Denoise:
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """Ask for the images of x0 [n, *event]; ``grad`` and ``checkpoint`` as for Denoise."""
+    """Ask for the images of x0 [n, *event]; ``grad`` and ``checkpoint`` as for Denoise.
+
+    ``preview`` says that they only guide a choice on the way: a model with a small decoder for
+    such estimates uses it.
+    """
 
     x0: Tensor
     grad: bool = False
     checkpoint: bool = False
+    preview: bool = False
 
 
 @dataclass(frozen=True, eq=False)

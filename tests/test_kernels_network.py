@@ -146,3 +146,87 @@ def test_decoding_in_slices_gives_the_same_pictures():
         sliced = pipe.vae.decode(x).sample
         pipe.vae.disable_slicing()
         torch.testing.assert_close(sliced, pipe.vae.decode(x).sample, rtol=1e-4, atol=1e-4)
+
+
+# --- decoding ----------------------------------------------------------------------------------
+
+CALL = {"num_inference_steps": 4, "max_sequence_length": 14, "guidance_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return steering.load("stickers", dtype="float32")
+
+
+def states(model, n=2):
+    return model.noise(n, steering.NoiseKey(5))
+
+
+@pytest.mark.parametrize("name", ["stickers", "stickers-sd"])
+def test_decoding_without_a_frame_gives_the_same_bits(name):
+    pipe = steering.load(name, dtype="bfloat16")
+    call = CALL if name == "stickers" else {"num_inference_steps": 4}
+    with steering.wrap(pipe, prompt="a photo of a cat", **call) as model:
+        x = states(model)
+        through_a_frame = model._decode(x, False, None)
+        assert torch.equal(model.decode(x), through_a_frame)
+        assert model._shortcuts[False] is not None
+        assert torch.equal(model.decode(x), through_a_frame)
+
+
+def test_a_pipeline_that_does_more_than_decode_keeps_its_frames(pipe, monkeypatch):
+    plain = pipe.image_processor.postprocess
+    monkeypatch.setattr(
+        pipe.image_processor, "postprocess", lambda image, **how: 1 - plain(image, **how)
+    )
+    with steering.wrap(pipe, prompt="a photo of a cat", **CALL) as model:
+        x = states(model)
+        first = model.decode(x)
+        assert model._shortcuts[False] is None
+        assert torch.equal(model.decode(x), first)
+
+
+def other_decoder(pipe):
+    """The sticker decoder with a darker last layer: cheap, and told apart from the real one."""
+    import copy
+
+    vae = copy.deepcopy(pipe.vae)
+    with torch.no_grad():
+        list(vae.decoder.parameters())[-1].sub_(0.3)
+    return vae
+
+
+def test_previews_come_from_the_small_decoder_and_samples_from_the_full_one(pipe):
+    small, seen = other_decoder(pipe), []
+    plain = small.decode
+
+    def decode(*given, **how):
+        seen.append(len(given[0]))
+        return plain(*given, **how)
+
+    small.decode = decode
+    method = steering.samplers.FK(n_particles=3, checkpoints=(0.5,), reward_scale=1.0)
+    with steering.wrap(pipe, prompt="a photo of a cat", preview_decoder=small, **CALL) as model:
+        x = states(model)
+        assert (model.decode(x) - model.decode_preview(x)).abs().mean() > 0.01
+        seen.clear()
+        result = steering.steer(model, reward="brightness", method=method)
+        assert seen == [3]  # one checkpoint
+        assert torch.equal(model.decode(result.samples), result.pixels)
+        assert result.ledger.decodes == 6
+
+
+def test_a_small_decoder_of_other_latents_is_refused(pipe, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    from steering.errors import WeightsError
+
+    tiny = AutoencoderTiny(latent_channels=7, encoder_block_out_channels=(8,),
+                           decoder_block_out_channels=(8,), num_encoder_blocks=(1,),
+                           num_decoder_blocks=(1,))  # fmt: skip
+    with pytest.raises(OptionError, match="7 channels"):
+        steering.wrap(pipe, prompt="a cat", preview_decoder=tiny, **CALL)
+    with pytest.raises(WeightsError, match="no folder of an AutoencoderTiny"):
+        steering.wrap(pipe, prompt="a cat", preview_decoder=str(tmp_path), **CALL)
+    with pytest.raises(OptionError, match="an autoencoder or a folder"):
+        steering.wrap(pipe, prompt="a cat", preview_decoder=3, **CALL)

@@ -17,10 +17,12 @@ from steering.errors import OptionError, PipelineError
 from steering.grids import Grid
 from steering.noise import NoiseKey
 from steering.paths import Path, Prediction, Time, Times
+from steering.pipelines.decoding import Listener, learn
 from steering.pipelines.frame import Frame
 from steering.pipelines.idioms import require_drivable
 from steering.pipelines.meter import Meter, denoisers
 from steering.pipelines.plan import Plan, make_plan, mixing_agrees, probe_costs, stand_ins
+from steering.pipelines.preview import open_preview
 from steering.pipelines.prompts import Arguments
 from steering.pipelines.schedule import Schedule
 from steering.pipelines.script import Script
@@ -32,6 +34,7 @@ def wrap(
     mixed_times: bool | Literal["auto"] = "auto",
     max_batch: int | None = None,
     name: str | None = None,
+    preview_decoder: Any = None,
     **call_kwargs: Any,
 ) -> WrappedPipeline:
     """Turns a diffusers pipeline into a model that can be asked.
@@ -41,6 +44,8 @@ def wrap(
         mixed_times: whether rows at different times may share a batch; "auto" finds out.
         max_batch: most rows of one frame (guidance may double them inside).
         name: for reports; the pipeline's class by default.
+        preview_decoder: a small autoencoder for estimates on the way, or the folder of an
+            AutoencoderTiny; finished samples are always decoded by the pipeline's own.
         call_kwargs: what one would pass to ``pipe(...)``. A list of prompts makes one model with
             that many conditions, which ``cond`` chooses from.
 
@@ -48,7 +53,12 @@ def wrap(
         OptionError: an argument that ``pipe(...)`` does not have, or that steering decides.
         PipelineError: the pipeline cannot be driven, with the reason.
     """
-    return WrappedPipeline(pipe, mixed_times, max_batch, name, call_kwargs)
+    tiny = None if preview_decoder is None else open_preview(pipe, preview_decoder)
+    model = WrappedPipeline(pipe, mixed_times, max_batch, name, call_kwargs)
+    if tiny is not None:
+        model.preview = tiny
+        model.call_kwargs = {**call_kwargs, "preview_decoder": preview_decoder}
+    return model
 
 
 class WrappedPipeline:
@@ -71,6 +81,8 @@ class WrappedPipeline:
         if max_batch is not None and max_batch < 1:
             raise OptionError(f"max_batch must be at least 1, got {max_batch}.")
         self.pipe = pipe
+        self.preview: Any = None
+        self._shortcuts: dict[bool, Any] = {}
         self.max_batch = max_batch
         self.call_kwargs = call_kwargs
         suspicious = require_drivable(pipe)
@@ -282,18 +294,41 @@ class WrappedPipeline:
 
     def decode(self, x0: Tensor, *, grad: bool = False) -> Tensor:
         """The pipeline's own decoding: float32 in [0, 1], [n, 3, H, W] or [n, F, 3, H, W]."""
+        return self._decode_all(x0, grad, None)
+
+    def decode_preview(self, x0: Tensor, *, grad: bool = False) -> Tensor:
+        """The same by ``preview_decoder``, where there is one."""
+        return self._decode_all(x0, grad, self.preview)
+
+    def _decode_all(self, x0: Tensor, grad: bool, small: Any) -> Tensor:
         self._check_rows(x0, [self.grid().times[0]] * len(x0), [0] * len(x0))
         x0 = (x0 if grad else x0.detach()).to(self.device)
         size = self.max_batch or len(x0)
-        parts = [self._decode(chunk, grad) for chunk in x0.split(size)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        decode = self._decode if grad else self._decode_short
+        found = [decode(chunk, grad, small) for chunk in x0.split(size)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _decode(self, x: Tensor, grad: bool) -> Tensor:
+    def _decode_short(self, x: Tensor, grad: bool, small: Any) -> Tensor:
+        """Without a frame where the first decode, through one, was seen to allow it."""
+        key = small is not None
+        vae = getattr(self.pipe, "vae", None) if small is None else small
+        short = self._shortcuts.get(key)
+        if short is not None and short.vae is vae:
+            return short(x).float()
+        if vae is None or key in self._shortcuts:
+            return self._decode(x, grad, small)
+        listener = Listener(vae)
+        images = self._decode(x, grad, listener)
+        self._shortcuts[key] = learn(vae, listener, x, images, self._script.state_dtype)
+        return images
+
+    def _decode(self, x: Tensor, grad: bool, vae: Any) -> Tensor:
+        parts: dict[str, object] = {} if vae is None else {"vae": vae}
         with frozen(self.pipe, grad):
             try:
-                out = self._leave(x, grad)
+                out = self._leave(x, grad, parts)
             except UnboundLocalError:  # it decodes something its loop makes: go round once
-                out = self._leave(x, grad, once=True)
+                out = self._leave(x, grad, {**stand_ins(self._script), **parts}, once=True)
         images = out if isinstance(out, Tensor) else out[0]  # some return no tuple
         if not isinstance(images, Tensor) or len(images) != len(x):
             raise PipelineError(
@@ -302,7 +337,7 @@ class WrappedPipeline:
             )
         return images.float()
 
-    def _leave(self, x: Tensor, grad: bool, once: bool = False) -> Any:
+    def _leave(self, x: Tensor, grad: bool, parts: dict[str, object], once: bool = False) -> Any:
         """What the pipeline returns when its loop ends with state x."""
         script = self._script
         query = script.query(x, [self.grid().times[-2]])
@@ -313,7 +348,7 @@ class WrappedPipeline:
             query if once else leave,
             generator=script.seed(len(x)),
             output_type="pt",
-            parts=stand_ins(script) if once else None,
+            parts=parts,
         )
         try:
             if not once:
