@@ -10,6 +10,8 @@ UNIFIED = "tests/test_rewards_unified.py"
 DETECTION = "tests/test_rewards_detection.py"
 OCR = "tests/test_rewards_ocr.py"
 REMOTE = "tests/test_rewards_remote.py"
+SPEC = "tests/test_rewards_spec.py"
+REPORT = "tests/test_geneval_report.py"
 
 MUTANTS = (
     Mutant(
@@ -209,5 +211,33 @@ MUTANTS = (
         "np.minimum(row[1:] + 1, row[:-1]",
         "np.minimum(row[1:] + 9, row[:-1]",
         (f"{OCR}::test_edit_distance_against_the_recursion",),
+    ),
+    Mutant(
+        "a recipe says who gets the key",
+        "rewards/spec.py",
+        "if not self.allow_python and _tells_a_key(entry, options):",
+        "if False:",
+        (f"{SPEC}::test_a_spec_from_a_file_does_not_say_who_gets_a_key",),
+    ),
+    Mutant(
+        "verifiers get their images on the cpu",
+        "apps/geneval_score.py",
+        "torch.stack([images[k] for k in rows]).to(device)",
+        "torch.stack([images[k] for k in rows])",
+        (f"{REPORT}::test_verifiers_and_embedding_get_their_images_on_their_device",),
+    ),
+    Mutant(
+        "a hard count claims a gradient",
+        "rewards/detection.py",
+        'object.__setattr__(self, "differentiable", self.mode == "smooth")',
+        "pass",
+        (f"{DETECTION}::test_a_hard_count_claims_no_gradient",),
+    ),
+    Mutant(
+        "a served comparison is split",
+        "rewards/remote.py",
+        "step = self.batch_size if self.stationary else len(rows)",
+        "step = self.batch_size",
+        (f"{REMOTE}::test_a_served_reward_that_compares_a_call_gets_it_whole",),
     ),
 )  # fmt: skip
