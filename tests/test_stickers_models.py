@@ -220,6 +220,9 @@ def test_the_oracle_stops_early_without_changing_its_answer(judge: StickerJudge)
     made = model.images_made
     best = measure.oracle(model, texts, judge, 9, [r[:1] for r in right])
     assert model.images_made - made <= 6 * 8
+    made = model.images_made
+    measure.oracle(model, texts, judge, 9, [[False, True]] * 6)
+    assert model.images_made == made  # a prompt with one right image needs no more
     for tag, answer in zip(TAGS, map(any, right), strict=True):
         assert best[tag] == float(answer)
     assert best["one_image"] == pytest.approx(np.mean([r[0] for r in right]))
