@@ -25,6 +25,7 @@ from steering.model import Model
 from steering.requests import Decode, Denoise, Gradient, Outcome, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, check_scale, within_budget
 from steering.samplers.regularisers import slope
+from steering.samplers.rollout import require_noise
 
 _EPS = 1e-12
 
@@ -160,6 +161,8 @@ class NoiseOptimisation(Sampler):
 
     def run(self, ctx: Context) -> Run:
         assert self.n_iterations is not None
+        if self.regulariser != "none":
+            require_noise(self.name, ctx)
         noise = self._start(ctx)
         optimiser = self._optimiser(noise)
         best: Iterate | None = None

@@ -293,3 +293,17 @@ def test_a_weight_for_no_component():
     method = CARINOX(n_iterations=2, weights={"clpi": 2.0})
     with pytest.raises(OptionError, match="clpi"):
         steering.steer(two(), reward=BOWL, method=method)
+
+
+def test_starts_that_hold_a_picture_are_not_judged_as_noise():
+    class FromPicture(GaussianMixture):
+        def noise(self, n, key, *, cond=0):
+            return 2.0 + super().noise(n, key, cond=cond)
+
+    model = FromPicture([1.0], torch.zeros(1, 400), [1.0], steps=3)
+    reward = LinearReward([1.0] * 400)
+    with pytest.raises(OptionError, match="image-to-image"):
+        steering.steer(model, reward=reward, method=ReNO(n_iterations=2))
+    assert model.rows == 0
+    free = ReNO(n_iterations=2, regulariser="none")
+    assert steering.steer(model, reward=reward, method=free).ledger.nfe_backward > 0
