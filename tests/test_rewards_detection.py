@@ -180,7 +180,6 @@ def test_overlapping_boxes_count_once():
     assert float(Count(objects="5 apple", power=2)(x, "x").value) == -4.0
 
 
-@pytest.mark.usefixtures("blobs")
 def test_a_hard_count_claims_no_gradient():
     for name in ("count", "presence"):
         assert as_reward(f"{name}(objects=apple)").differentiable is False
@@ -188,6 +187,7 @@ def test_a_hard_count_claims_no_gradient():
     assert not as_reward("brightness + count(objects=apple)").differentiable
 
 
+@pytest.mark.usefixtures("blobs")
 def test_smooth_count_is_a_sum_of_sigmoids():
     levels = torch.tensor([0.9, 0.8, 0.5, 0.1])
     found = Count(objects="3 apple", mode="smooth", temperature=0.1)(quarters(*levels), "x")
