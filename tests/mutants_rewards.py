@@ -16,15 +16,15 @@ MUTANTS = (
     Mutant(
         "pickscore without its logit scale",
         "rewards/pickscore.py",
-        "self.scale * net.model.logit_scale.exp().float() * cosines",
+        "self.scale * net.model.logit_scale.exp() * cosines",
         "self.scale * cosines",
         (f"{PICK}test_score_equals_the_published_recipe",),
     ),
     Mutant(
         "pickscore with the logit scale not exponentiated",
         "rewards/pickscore.py",
-        "logit_scale.exp().float()",
-        "logit_scale.float()",
+        "net.model.logit_scale.exp()",
+        "net.model.logit_scale",
         (f"{PICK}test_score_equals_the_published_recipe",),
     ),
     Mutant(
