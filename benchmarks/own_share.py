@@ -97,7 +97,7 @@ def run(*, prompts: int, nfe: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help='print {"ratio": {method: value}}')
-    parser.add_argument("--nfe", type=int, default=400)
+    parser.add_argument("--nfe", type=int, default=800)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     found = measure(given.nfe, given.repeats)

@@ -62,8 +62,14 @@ def philox(
 
 def box_muller(words: Tensor, width: int) -> Tensor:
     """Normal numbers from words [n, blocks, 4], in float64, rounded once: float32 [n, width]."""
-    u = (words.double() + 0.5) * 2.0**-32
-    radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
-    angle = 2.0 * math.pi * u[..., 1::2]
-    pair = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
+    return from_uniform((words.double() + 0.5) * 2.0**-32, width)
+
+
+def from_uniform(u: Tensor, width: int) -> Tensor:
+    """Normal numbers from uniform ones [n, blocks, 4], float64."""
+    radius = torch.log(u[..., 0::2]).mul_(-2.0).sqrt_()
+    angle = u[..., 1::2] * (2.0 * math.pi)
+    pair = torch.empty(*angle.shape, 2, dtype=u.dtype, device=u.device)
+    torch.mul(radius, torch.cos(angle), out=pair[..., 0])
+    torch.mul(radius, angle.sin_(), out=pair[..., 1])
     return pair.flatten(1)[:, :width].float()

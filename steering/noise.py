@@ -24,7 +24,7 @@ from steering.errors import OptionError
 from steering.kernels.philox import MASK as _MASK
 from steering.kernels.philox import MULTIPLIERS as _MULTIPLIERS
 from steering.kernels.philox import WEYL as _WEYL
-from steering.kernels.philox import Stream, box_muller
+from steering.kernels.philox import Stream, box_muller, from_uniform
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,15 @@ class NoiseKey:
         ``slots`` is a count n (slots ``self.slot`` to ``self.slot + n - 1``) or a list of offsets.
         """
         width = math.prod(shape)
-        rows = box_muller(self._words(slots, -(-width // 4), device, kind=0), width)
+        blocks = -(-width // 4)
+        if torch.device(device).type == "cpu":
+            u = np.empty((slots if isinstance(slots, int) else len(slots), blocks, 4))
+            self._fill(u, slots, kind=0)
+            u += 0.5
+            u *= 2.0**-32
+            rows = from_uniform(torch.from_numpy(u), width)
+        else:
+            rows = box_muller(self._words(slots, blocks, device, kind=0), width)
         return rows.reshape(rows.shape[0], *shape)
 
     def uniform(
@@ -87,40 +95,51 @@ class NoiseKey:
 
         ``kind`` keeps the normal and the uniform numbers of one key independent.
         """
-        digest, rows = self.numbers(slots)
+        stream = self.numbers(slots)
         if torch.device(device).type != "cpu":
-            return Stream(digest, rows).words(blocks, device, kind)
-        low, high = [k & _MASK for k in rows], [k >> 32 & _MASK for k in rows]
-        shape = (len(rows), blocks)
-        counter = (
-            np.broadcast_to(np.arange(blocks, dtype=np.uint32), shape),
-            np.broadcast_to(np.array(low, np.uint32)[:, None], shape),
-            np.full(shape, kind, np.uint32),
-            np.broadcast_to(np.array(high, np.uint32)[:, None], shape),
-        )
-        words = np.empty((*shape, 4), np.int64)
-        np.stack(_philox_numpy(*counter, digest & _MASK, digest >> 32), -1, out=words)
+            return stream.words(blocks, device, kind)
+        words = np.empty((len(stream.slots), blocks, 4), np.int64)
+        self._fill(words, slots, kind=kind)
         return torch.from_numpy(words)
+
+    def _fill(self, out: np.ndarray, slots: int | Sequence[int], *, kind: int) -> None:
+        """Philox output into numbers of any type that holds it, [n, blocks, 4]."""
+        digest, rows = self.numbers(slots)
+        low, high = [k & _MASK for k in rows], [k >> 32 & _MASK for k in rows]
+        even, odd = (np.empty((2, *out.shape[:2]), np.uint32) for _ in range(2))
+        even[0], even[1] = np.arange(out.shape[1], dtype=np.uint32), kind
+        odd[0] = np.array(low, np.uint32)[:, None]
+        odd[1] = np.array(high, np.uint32)[:, None]
+        _rounds(even, odd, digest & _MASK, digest >> 32)
+        out[..., 0], out[..., 1], out[..., 2], out[..., 3] = even[0], odd[0], even[1], odd[1]
 
 
 def _philox_numpy(
     c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray, k0: int, k1: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """`steering.kernels.philox.philox` on uint32 counters on the CPU, in half the time."""
-    # The two halves of a round are one array each: small arrays cost by the call, not by size.
-    column = (2, *[1] * c0.ndim)
-    multipliers = np.array(_MULTIPLIERS, np.uint64).reshape(column)
     even, odd = np.stack([c0, c2]), np.stack([c1, c3])
+    _rounds(even, odd, k0, k1)
+    return even[0], odd[0], even[1], odd[1]
+
+
+def _rounds(even: np.ndarray, odd: np.ndarray, k0: int, k1: int) -> None:
+    """Ten rounds in place, on counters (c0, c2) and (c1, c3): [2, ...] uint32 each.
+
+    Small arrays cost by the call, not by size, so the halves of a round share their calls.
+    """
+    column = (2, *[1] * (even.ndim - 1))
+    multipliers = np.array(_MULTIPLIERS, np.uint64).reshape(column)
     product = np.empty(even.shape, np.uint64)
     low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
     halves = product.view(np.uint32).reshape(*even.shape, 2)
-    for _ in range(10):
+    lows, highs = halves[::-1, ..., low], halves[::-1, ..., high]
+    keys = [((k0 + r * _WEYL[0]) & _MASK, (k1 + r * _WEYL[1]) & _MASK) for r in range(10)]
+    for key in np.array(keys, np.uint32).reshape(10, *column):
         np.multiply(even, multipliers, out=product)
-        np.bitwise_xor(halves[::-1, ..., high], odd, out=even)
-        even ^= np.array([k0, k1], np.uint32).reshape(column)
-        odd[...] = halves[::-1, ..., low]
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return even[0], odd[0], even[1], odd[1]
+        np.bitwise_xor(highs, odd, out=even)
+        even ^= key
+        odd[...] = lows
 
 
 def categorical(probabilities: Tensor, uniform: Tensor) -> Tensor:
