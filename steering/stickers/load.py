@@ -113,7 +113,7 @@ def load_clip(
         name = f"local-dir:{folder}"
         config = json.loads((Path(folder) / "open_clip_config.json").read_text())
         with quiet("transformers", "diffusers", "root"):
-            model = open_clip.create_model(name).eval().requires_grad_(False)
+            model: Any = open_clip.create_model(name).eval().requires_grad_(False)
             return model, open_clip.get_tokenizer(name), config["preprocess_cfg"]
 
     return _open(Path(folder), "open_clip_model.safetensors", read)
