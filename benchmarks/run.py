@@ -2,7 +2,7 @@
 
 python -m benchmarks.run [CLAIM ...] [--out DIR] [--prompts N] [--nfe N]
 
-Claims: share, throughput, sequential, methods, rewards.
+Claims: share, throughput, sequential, methods, rewards, own_share, resize, precision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import methods, rewards, sequential, share, throughput
+from benchmarks import (
+    methods,
+    own_share,
+    precision,
+    resize,
+    rewards,
+    sequential,
+    share,
+    throughput,
+)
 
 CLAIMS = {
     "share": share.run,
@@ -22,6 +31,9 @@ CLAIMS = {
     "sequential": sequential.run,
     "methods": methods.run,
     "rewards": rewards.run,
+    "own_share": own_share.run,
+    "resize": resize.run,
+    "precision": precision.run,
 }
 
 
