@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -36,7 +37,7 @@ FULL = {"widening_power": 0.0, "trajectories": 10**4}
 def kept(tmp_path, model, reward, method, **more) -> tuple[Tree, steering.Result]:
     """The tree of a run and its result."""
     file = tmp_path / "kept.safetensors"
-    result = steer(model, reward, type(method)(**vars(method) | {"save_tree": str(file)}), **more)
+    result = steer(model, reward, replace(method, save_tree=str(file)), **more)
     return Tree.load(file), result
 
 
