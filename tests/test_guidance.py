@@ -301,10 +301,15 @@ def test_memory_options_change_no_number(options: dict) -> None:
 
 @pytest.mark.parametrize("guide", sorted(TILTED))
 def test_guided_fk_has_the_target_of_fk(guide: str) -> None:
-    """Measured: at most 2.1 standard errors."""
+    """Measured: at most 2.1 standard errors.
+
+    Undamped: with 32 particles, weights of damped potentials and leaning steps have tails too
+    heavy for a standard error (7.2 of them off at 32 particles, 0.9 at 128).
+    """
     method = FK(
         n_particles=N,
         reward_scale=1.0,
+        damping="none",
         checkpoints=(0.25, 0.5, 0.75),
         resample="always",
         guidance=TILTED[guide],
