@@ -39,7 +39,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off torch torchvision
-	$(BIN)/pip install --quiet --progress-bar off -e ".[dev,rewards,serve,demo]"
+	$(BIN)/pip install --quiet --progress-bar off -e ".[dev,rewards,serve,demo,cluster]"
 	touch $(STAMP)
 
 clean:
