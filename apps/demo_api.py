@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: gradio makes the schema from the annotations themselves.
 
 import functools
+import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -49,6 +50,12 @@ def told(action: Callable[..., Any]) -> Callable[..., Any]:
 
 def add_endpoints(host: Host) -> None:
     """Registers the endpoints in the Blocks that is being built."""
+    for action in (*_runs(host), _comparison(host), *_questions(host)):
+        gr.api(action, api_name=action.__name__, concurrency_limit=None)
+
+
+def _runs(host: Host) -> tuple[Callable[..., Any], ...]:
+    """/steer and /steer_live."""
     offer = host.offer
     model = offer.models[0]
 
@@ -102,6 +109,14 @@ def add_endpoints(host: Host) -> None:
             yield actions.progress(ticket, shown, host.ahead(ticket))
         yield actions.summary(ticket)
 
+    steer_live.__annotations__["return"] = dict  # of each item
+    return steer, steer_live
+
+
+def _comparison(host: Host) -> Callable[..., Any]:
+    """/compare."""
+    model = host.offer.models[0]
+
     @told
     async def compare(
         prompt: str,
@@ -124,6 +139,14 @@ def add_endpoints(host: Host) -> None:
             pass
         return {name: actions.summary(ticket) for name, ticket in tickets.items()}
 
+    return compare
+
+
+def _questions(host: Host) -> tuple[Callable[..., Any], ...]:
+    """/cancel, /estimate, /methods and /rewards."""
+    offer = host.offer
+    model = offer.models[0]
+
     @told
     async def cancel(request: gr.Request = None) -> int:  # type: ignore[assignment]
         """Stops this session's runs at their best so far; returns how many there were."""
@@ -145,12 +168,12 @@ def add_endpoints(host: Host) -> None:
 
     async def methods() -> list:
         """The methods with their options, presets and papers."""
-        return finite(method_rows())
+        # As text: the client takes a mapping with a "path" (an option of rbf) for a file.
+        texts = ("options", "presets")
+        return [r | {k: json.dumps(r[k]) for k in texts} for r in finite(method_rows())]
 
     async def rewards() -> list:
         """The rewards that may be mixed here."""
         return [row for row in finite(reward_rows()) if row["name"] in offer.rewards]
 
-    steer_live.__annotations__["return"] = dict  # of each item
-    for action in (steer, steer_live, compare, cancel, estimate, methods, rewards):
-        gr.api(action, api_name=action.__name__, concurrency_limit=None)
+    return cancel, estimate, methods, rewards
