@@ -87,7 +87,21 @@ def summary(ticket: Ticket) -> dict[str, Any]:
                 "pictures": [data_uri(b) for b in pictures],
             }
         )
-    return finite(data)
+    return unlike_files(data)
+
+
+def unlike_files(value: Any) -> Any:  # noqa: ANN401
+    """JSON values that no client takes for a file: gradio's does so with any {"path": text}.
+
+    Such an object (rbf has an option of that name) becomes a list of [name, value].
+    """
+    value = finite(value)
+    if isinstance(value, dict):
+        inside = {k: unlike_files(v) for k, v in value.items()}
+        return (
+            [[k, v] for k, v in inside.items()] if isinstance(value.get("path"), str) else inside
+        )
+    return [unlike_files(v) for v in value] if isinstance(value, list) else value
 
 
 def progress(ticket: Ticket, shown: Mapping[str, Any], ahead: int) -> dict[str, Any]:

@@ -44,6 +44,10 @@ CSS = """
 .st-many .wrap { max-height: 180px; overflow-y: auto; }
 #best img:not(.st-large) { width: 96px; margin-right: 8px; border-radius: 4px; }
 figure { margin: 6px 0; }
+button.primary { background: #1d4ed8 !important; color: #ffffff !important; }
+.or { color: #52525b !important; }
+#recipe .value { color: inherit !important; }
+.dark .or { color: #d4d4d8 !important; }
 .info-text, footer a, footer button, footer { color: #52525b !important; }
 .dark .info-text, .dark footer a, .dark footer button { color: #d4d4d8 !important; }
 """
@@ -53,18 +57,25 @@ def compare_tab(host: Host) -> None:
     """Several methods on one prompt at one budget."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            prompt = gr.Textbox(EXAMPLE, label="Prompt", max_lines=4)
+            prompt = gr.Textbox(EXAMPLE, label="Prompt", max_lines=4, interactive=True)
             methods = gr.CheckboxGroup(
-                METHODS.names(), value=["fk"], label="Methods beside best-of-N",
+                METHODS.names(),
+                value=["fk"],
+                label="Methods beside best-of-N",
                 elem_classes="st-many",
-            )  # fmt: skip
+                interactive=True,
+            )
             model = model_control(host)
             rewards = rewards_control(host)
             heldout = heldout_control(host)
             with gr.Row():
-                nfe = gr.Number(320, label="Budget of each", precision=0, min_width=120)
-                seed = gr.Number(0, label="Seed", precision=0, min_width=120)
-                steps = gr.Number(None, label="Denoising steps", precision=0, min_width=120)
+                nfe = gr.Number(
+                    320, label="Budget of each", precision=0, min_width=120, interactive=True
+                )
+                seed = gr.Number(0, label="Seed", precision=0, min_width=120, interactive=True)
+                steps = gr.Number(
+                    None, label="Denoising steps", precision=0, min_width=120, interactive=True
+                )
             start = gr.Button("Compare", variant="primary", elem_id="compare")
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(elem_id="compare-status")
@@ -73,9 +84,13 @@ def compare_tab(host: Host) -> None:
     async def run(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:  # noqa: ANN401
         text, chosen, name, guides, verifiers, rows, number, count = values
         given = {
-            "model": name, "rewards": dict.fromkeys(guides, 1.0), "heldout": verifiers,
-            "nfe": rows, "seed": number, "call": {"num_inference_steps": count},
-        }  # fmt: skip
+            "model": name,
+            "rewards": dict.fromkeys(guides, 1.0),
+            "heldout": verifiers,
+            "nfe": rows,
+            "seed": number,
+            "call": {"num_inference_steps": count},
+        }
         yield {status: "", result: ""}
         try:
             tickets = actions.compare(host, session_of(request), text, chosen, given)
@@ -93,8 +108,14 @@ def compare_tab(host: Host) -> None:
         yield {result: _compared(tickets)}
 
     inputs = [prompt, methods, model, rewards, heldout, nfe, seed, steps]
-    start.click(run, inputs, [status, result], api_visibility="private", show_progress="hidden",
-                concurrency_limit=None)  # fmt: skip
+    start.click(
+        run,
+        inputs,
+        [status, result],
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_limit=None,
+    )
 
 
 def _compared(tickets: dict[str, Any]) -> str:
@@ -118,7 +139,12 @@ def replay_tab(host: Host) -> None:
     """Drop a PNG, see its recipe, run it again."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            file = gr.File(label="PNG made by this library", file_types=[".png"], elem_id="png")
+            file = gr.File(
+                label="PNG made by this library",
+                file_types=[".png"],
+                elem_id="png",
+                interactive=True,
+            )
             start = gr.Button("Run it again", variant="primary", elem_id="again")
             recipe_view = gr.JSON(label="Recipe", elem_id="recipe", open=False)
         with gr.Column(scale=3, min_width=300):
@@ -133,7 +159,9 @@ def replay_tab(host: Host) -> None:
             _, recipe, _ = actions.replay_order(path, host.offer)
         except Exception as error:
             return None, views.message(refusal(error), wrong=True)
-        return finite(recipe.to_json()), views.message("This picture carries its recipe.")
+        return actions.unlike_files(recipe.to_json()), views.message(
+            "This picture carries its recipe."
+        )
 
     async def run(request: gr.Request, path: str | None) -> AsyncIterator[tuple[Any, ...]]:
         try:
@@ -158,17 +186,28 @@ def replay_tab(host: Host) -> None:
         yield views.message(words, wrong=not same), views.columns(pair), done
 
     file.change(show, file, [recipe_view, status], api_name="recipe", show_progress="hidden")
-    start.click(run, file, [status, result, report], api_name="replay", show_progress="hidden",
-                concurrency_limit=None)  # fmt: skip
+    start.click(
+        run,
+        file,
+        [status, result, report],
+        api_name="replay",
+        show_progress="hidden",
+        concurrency_limit=None,
+    )
 
 
 def score_tab(host: Host) -> None:
     """Drop images and a prompt, get all chosen rewards."""
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            files = gr.File(label="Pictures", file_count="multiple", elem_id="pictures",
-                            file_types=["image"])  # fmt: skip
-            prompt = gr.Textbox(EXAMPLE, label="Prompt", max_lines=4)
+            files = gr.File(
+                label="Pictures",
+                file_count="multiple",
+                elem_id="pictures",
+                file_types=["image"],
+                interactive=True,
+            )
+            prompt = gr.Textbox(EXAMPLE, label="Prompt", max_lines=4, interactive=True)
             chosen = rewards_control(host, "Rewards")
             start = gr.Button("Score", variant="primary", elem_id="score")
         with gr.Column(scale=3, min_width=300):
@@ -187,8 +226,14 @@ def score_tab(host: Host) -> None:
         body = [[r["file"], *[views.number(r["scores"][n]) for n in names]] for r in rows]
         return views.table(head, body, f"{len(rows)} pictures"), finite({"rows": rows})
 
-    start.click(run, [files, prompt, chosen], [status, report], api_name="score",
-                show_progress="hidden", concurrency_limit=None)  # fmt: skip
+    start.click(
+        run,
+        [files, prompt, chosen],
+        [status, report],
+        api_name="score",
+        show_progress="hidden",
+        concurrency_limit=None,
+    )
 
 
 async def _score(
@@ -199,9 +244,12 @@ async def _score(
         raise OptionError(f"Choose 1 to {offer.limits.uploads} pictures, got {len(paths)}.")
     files = [actions.check_upload(path, offer.limits) for path in paths]
     order = offer.order(
-        text, model=offer.models[0], method="best_of_n",
-        rewards=dict.fromkeys(names or [first_reward(host)], 1.0), nfe=1,
-    )  # fmt: skip
+        text,
+        model=offer.models[0],
+        method="best_of_n",
+        rewards=dict.fromkeys(names or [first_reward(host)], 1.0),
+        nfe=1,
+    )
     chore = actions.score_chore(files, order.prompts[0] or "", names)
     ticket = host.submit(session, order, chore=chore)
     async for _ in actions.follow(host, ticket):

@@ -36,9 +36,15 @@ class Asked:
 
     def listed(self) -> list[Any]:
         return [
-            self.prompt, self.model, self.heldout, self.nfe, self.seed, self.steps, self.scale,
+            self.prompt,
+            self.model,
+            self.heldout,
+            self.nfe,
+            self.seed,
+            self.steps,
+            self.scale,
             self.compare,
-        ]  # fmt: skip
+        ]
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,16 @@ class Shown:
 
     def listed(self) -> list[Any]:
         return [
-            self.status, self.best, self.plots, self.gallery, self.result, self.tree, self.file,
-            self.python, self.command,
-        ]  # fmt: skip
+            self.status,
+            self.best,
+            self.plots,
+            self.gallery,
+            self.result,
+            self.tree,
+            self.file,
+            self.python,
+            self.command,
+        ]
 
     def cleared(self) -> dict[Any, Any]:
         """Nothing left of an earlier run."""
@@ -73,8 +86,12 @@ def steer_tab(host: Host) -> None:
     with gr.Row(elem_classes="st-main"):
         with gr.Column(scale=2, min_width=300):
             asked = _form(host)
-            method = gr.Dropdown(METHODS.names(), value="fk", label="Method", elem_id="method")
-            preset = gr.Dropdown([_PLAIN], value=_PLAIN, label="Preset of the method")
+            method = gr.Dropdown(
+                METHODS.names(), value="fk", interactive=True, label="Method", elem_id="method"
+            )
+            preset = gr.Dropdown(
+                [_PLAIN], value=_PLAIN, interactive=True, label="Preset of the method"
+            )
             chosen = rewards_control(host)
             options_at = gr.Column()
             guess = gr.HTML(elem_id="estimate")
@@ -95,7 +112,9 @@ def steer_tab(host: Host) -> None:
         @gr.render(inputs=[method, preset, chosen], show_progress="hidden")
         def options_form(name: str, chosen_preset: str, rewards: list[str]) -> None:
             weights = [
-                gr.Number(1.0, label=f"Weight of {r}", key=f"weight-{r}", minimum=-1000)
+                gr.Number(
+                    1.0, label=f"Weight of {r}", key=f"weight-{r}", minimum=-1000, interactive=True
+                )
                 for r in rewards
             ]
             fields = option_fields(METHODS.get(name))
@@ -113,7 +132,9 @@ def steer_tab(host: Host) -> None:
 
 def rewards_control(host: Host, label: str = "Rewards that guide") -> gr.CheckboxGroup:
     names = list(host.offer.rewards)
-    return gr.CheckboxGroup(names, value=[first_reward(host)], label=label, elem_classes="st-many")
+    return gr.CheckboxGroup(
+        names, value=[first_reward(host)], label=label, elem_classes="st-many", interactive=True
+    )
 
 
 def first_reward(host: Host) -> str:
@@ -129,6 +150,7 @@ def heldout_control(host: Host) -> gr.CheckboxGroup:
         label="Held-out verifiers",
         info="They judge the result; the search never sees them.",
         elem_classes="st-many",
+        interactive=True,
     )
 
 
@@ -138,6 +160,7 @@ def model_control(host: Host) -> gr.Dropdown:
         list(offer.models),
         value=offer.models[0],
         label="Model",
+        interactive=True,
         info="Or type a folder or hub id." if offer.any_model else None,
         allow_custom_value=True,  # what is not offered is refused with a message of its own
     )
@@ -145,24 +168,51 @@ def model_control(host: Host) -> gr.Dropdown:
 
 def _form(host: Host) -> Asked:
     limits = host.offer.limits
-    prompt = gr.Textbox(EXAMPLE, label="Prompt", elem_id="prompt", max_lines=4)
+    prompt = gr.Textbox(EXAMPLE, label="Prompt", elem_id="prompt", max_lines=4, interactive=True)
     model = model_control(host)
     with gr.Row():
         nfe = gr.Number(
-            320, label="Budget", precision=0, elem_id="nfe", min_width=120,
+            320,
+            label="Budget",
+            precision=0,
+            elem_id="nfe",
+            min_width=120,
             info=f"Network rows, up to {limits.nfe}; guidance counts 2.",
-        )  # fmt: skip
-        seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120,
-                         info="Names all random numbers.")  # fmt: skip
+            interactive=True,
+        )
+        seed = gr.Number(
+            0,
+            label="Seed",
+            precision=0,
+            elem_id="seed",
+            min_width=120,
+            info="Names all random numbers.",
+            interactive=True,
+        )
     with gr.Accordion("Model call and verifiers", open=False):
         with gr.Row():
-            steps = gr.Number(None, label="Denoising steps", precision=0, elem_id="steps",
-                              info="Empty: the model's own.", min_width=120)  # fmt: skip
-            scale = gr.Number(None, label="Guidance scale", info="Empty: the model's own.",
-                              min_width=120)  # fmt: skip
+            steps = gr.Number(
+                None,
+                label="Denoising steps",
+                precision=0,
+                elem_id="steps",
+                info="Empty: the model's own.",
+                min_width=120,
+                interactive=True,
+            )
+            scale = gr.Number(
+                None,
+                label="Guidance scale",
+                info="Empty: the model's own.",
+                min_width=120,
+                interactive=True,
+            )
         heldout = heldout_control(host)
         compare = gr.Checkbox(
-            True, label="Compare with unsteered and best-of-N at the same cost", elem_id="beside"
+            True,
+            label="Compare with unsteered and best-of-N at the same cost",
+            elem_id="beside",
+            interactive=True,
         )
     return Asked(prompt, model, heldout, nfe, seed, steps, scale, compare)
 
@@ -189,7 +239,12 @@ def _controls(method: str, preset: str, fields: list[Field]) -> list[Any]:
         for f in fields:
             value = f.shown(given.get(f.name, f.default))
             label = f.name.replace("_", " ")
-            common = {"label": label, "info": f.help or None, "key": f"{method}-{preset}-{f.name}"}
+            common = {
+                "label": label,
+                "interactive": True,
+                "info": f.help or None,
+                "key": f"{method}-{preset}-{f.name}",
+            }
             if f.kind == "flag":
                 made.append(gr.Checkbox(value, **common))
             elif f.kind == "choice":
@@ -214,9 +269,13 @@ def _estimator(host: Host) -> Any:  # noqa: ANN401
         call = {"num_inference_steps": steps, "guidance_scale": scale}
         try:
             order = host.offer.order(
-                "any", model=model, method=method, rewards={first_reward(host): 1.0}, nfe=nfe,
+                "any",
+                model=model,
+                method=method,
+                rewards={first_reward(host): 1.0},
+                nfe=nfe,
                 call=call,
-            )  # fmt: skip
+            )
         except Exception as error:
             return views.message(refusal(error), wrong=True)
         found = actions.estimate(host, order, 2 if beside else 1)
@@ -248,11 +307,16 @@ def _steerer(host: Host, shown: Shown, method: str, rewards: list[str], options:
         yield shown.cleared()
         try:
             order = host.offer.order(
-                prompt, model=model, method=method,
+                prompt,
+                model=model,
+                method=method,
                 options=read_options(METHODS.get(method), controls),
-                rewards=weights, heldout=heldout, nfe=nfe, seed=seed,
+                rewards=weights,
+                heldout=heldout,
+                nfe=nfe,
+                seed=seed,
                 call={"num_inference_steps": steps, "guidance_scale": scale},
-            )  # fmt: skip
+            )
             ticket = host.submit(session_of(request), order)
         except Exception as error:
             yield {shown.status: views.message(refusal(error), wrong=True)}
