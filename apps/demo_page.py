@@ -69,12 +69,9 @@ def compare_tab(host: Host) -> None:
             rewards = rewards_control(host)
             heldout = heldout_control(host)
             with gr.Row():
-                nfe = gr.Number(
-                    320, label="Budget of each", precision=0, min_width=120, interactive=True
-                )
-                seed = gr.Number(0, label="Seed", precision=0, min_width=120, interactive=True)
-                steps = gr.Number(
-                    None, label="Denoising steps", precision=0, min_width=120, interactive=True
+                nfe, seed, steps = (
+                    gr.Number(value, label=label, precision=0, min_width=120, interactive=True)
+                    for value, label in ((320, "Budget of each"), (0, "Seed"), (None, "Steps"))
                 )
             start = gr.Button("Compare", variant="primary", elem_id="compare")
         with gr.Column(scale=3, min_width=300):
