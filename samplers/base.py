@@ -16,8 +16,9 @@ from steering.grids import SHAPES, Grid, starting_at
 from steering.kernels.step import Move
 from steering.method import Context, Cost, Plan, as_float64, coerce
 from steering.model import Model
+from steering.particles import State, ess, log_mean_exp
 from steering.paths import Path, Prediction, Time, Times
-from steering.requests import Decode, Progress, Request, Score
+from steering.requests import Decode, Outcome, Progress, Request, Score
 from steering.transitions import (
     EtaKernel,
     FullRenoise,
@@ -252,6 +253,27 @@ def preview(
     scores = yield Score(images, x0)
     yield Progress(step=step, of=len(ctx.grid), preview=images)
     return factor * lift(tilt(as_float64(scores.value), reward_scale))
+
+
+def deliver(
+    ctx: Context, state: State, reward_scale: float | None
+) -> Generator[Request, Any, Outcome]:
+    """The finished population: the last potential is reward_scale * r of the pictures that are
+    delivered, so the weights and their mean are those of the target law."""
+    images = yield Decode(state.x)
+    scores = yield Score(images, state.x, final=True)
+    reward = as_float64(scores.value)
+    state = state.set_potential(tilt(reward, reward_scale))
+    info = {"rewards": reward, "ess": ess(state.log_w)}
+    yield Progress(step=len(ctx.grid), of=len(ctx.grid), info=info)
+    return Outcome(
+        x0=state.x,
+        images=images,
+        reward=reward,
+        log_w=state.log_w,
+        log_z=log_mean_exp(state.log_w),
+        slots=torch.arange(len(state)),
+    )
 
 
 def lift(rho: Tensor) -> Tensor:

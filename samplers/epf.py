@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError
-from steering.method import Context, Cost, Plan, as_float64
+from steering.method import Context, Cost, Plan
 from steering.particles import State, ess, log_mean_exp, normalise, resample
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
+from steering.requests import Denoise, Progress, Request, Run
 from steering.resampling import scheme
 from steering.samplers.base import (
     Sampler,
     check_scale,
     checkpoint_steps,
+    deliver,
     fit_population,
     preview,
-    tilt,
 )
 from steering.transitions import ODE
 
@@ -137,20 +137,8 @@ class EPF(Sampler):
             x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
             state = replace(state, x=x, prediction=None)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
-        images = yield Decode(state.x)
-        scores = yield Score(images, state.x, final=True)
-        reward = as_float64(scores.value)
-        state = state.set_potential(tilt(reward, self.reward_scale))
-        info = {"rewards": reward, "ess": ess(state.log_w)}
-        yield Progress(step=len(grid), of=len(grid), info=info)
-        return Outcome(
-            x0=state.x,
-            images=images,
-            reward=reward,
-            log_w=state.log_w,
-            log_z=log_mean_exp(state.log_w) if self.correct else None,
-            slots=torch.arange(len(state)),
-        )
+        outcome = yield from deliver(ctx, state, self.reward_scale)
+        return outcome if self.correct else replace(outcome, log_z=None)
 
     def _ahead(
         self, ctx: Context, state: State, i: int, j: int

@@ -25,20 +25,20 @@ from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.model import Model
-from steering.particles import State, ess, log_mean_exp, resample
+from steering.particles import State, ess, resample
 from steering.paths import Time
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
+from steering.requests import Decode, Denoise, Progress, Run, Score
 from steering.resampling import scheme
 from steering.samplers.base import (
     Damping,
     Sampler,
-    afford,
     check_scale,
     damping,
+    deliver,
+    fit_population,
     lift,
     tilt,
-    within_budget,
 )
 from steering.samplers.fk_authors import run_authors
 from steering.samplers.guides import Guide, as_guide, check_weighed
@@ -211,12 +211,7 @@ class FK(Sampler):
         return [i + (k * left) // count for k in range(count)]
 
     def fit(self, plan: Plan) -> FK:
-        fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
-        if self.n_particles is None:
-            n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), 8, "particle")
-            return replace(fitted, n_particles=n)
-        within_budget(plan, self.cost(plan), f"fk with {self.n_particles} particles")
-        return fitted
+        return fit_population(self, plan, 8)
 
     def run(self, ctx: Context) -> Run:
         if self.mode == "authors":
@@ -238,21 +233,7 @@ class FK(Sampler):
             else:
                 state = self.guide.advance(ctx, state, t, u, i, kernel)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
-        images = yield Decode(state.x)
-        scores = yield Score(images, state.x, final=True)
-        reward = as_float64(scores.value)
-        state = state.set_potential(tilt(reward, self.reward_scale))
-        yield Progress(
-            step=len(grid), of=len(grid), info={"rewards": reward, "ess": ess(state.log_w)}
-        )
-        return Outcome(
-            x0=state.x,
-            images=images,
-            reward=reward,
-            log_w=state.log_w,
-            log_z=log_mean_exp(state.log_w),
-            slots=torch.arange(len(state)),
-        )
+        return (yield from deliver(ctx, state, self.reward_scale))
 
     def _ask(self, ctx: Context, state: State, t: Time, i: int) -> Run:
         """The state with the network's answer and, where steps are guided, its gradient."""

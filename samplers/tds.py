@@ -15,19 +15,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from steering.errors import OptionError
 from steering.grids import Grid
-from steering.method import Context, Cost, Plan, as_float64
+from steering.method import Context, Cost, Plan
 from steering.model import Model
-from steering.particles import State, ess, log_mean_exp, resample
+from steering.particles import State, ess, resample
 from steering.paths import Prediction, Time
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
+from steering.requests import Denoise, Progress, Run
 from steering.resampling import scheme
-from steering.samplers.base import Sampler, check_scale, fit_population, lift, tilt
+from steering.samplers.base import Sampler, check_scale, deliver, fit_population, lift, tilt
 from steering.samplers.twists import (
     base_step,
     check_positive,
@@ -138,7 +137,7 @@ class Twisted(Sampler):
                 base = base_step(ctx, state, t, u, kernel)
             state = propose(ctx, state, base, shift, i)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
-        return (yield from self._deliver(ctx, state))
+        return (yield from deliver(ctx, state, self.reward_scale))
 
     def tempers(self, state: State, k: int, steps: int, previous: float) -> tuple[float, float]:
         """Tempers (of the potential, of the next proposal) at twisted step k of ``steps``."""
@@ -177,23 +176,6 @@ class Twisted(Sampler):
             info |= {"ancestors": ancestors, "roots": len(state.root.unique())}
         yield Progress(step=i, of=len(ctx.grid), info=info)
         return state  # type: ignore[return-value]
-
-    def _deliver(self, ctx: Context, state: State) -> Run:
-        """The last potential is reward_scale * r of the pictures that are delivered."""
-        images = yield Decode(state.x)
-        scores = yield Score(images, state.x, final=True)
-        reward = as_float64(scores.value)
-        state = state.set_potential(tilt(reward, self.reward_scale))
-        info = {"rewards": reward, "ess": ess(state.log_w)}
-        yield Progress(step=len(ctx.grid), of=len(ctx.grid), info=info)
-        return Outcome(
-            x0=state.x,
-            images=images,
-            reward=reward,
-            log_w=state.log_w,
-            log_z=log_mean_exp(state.log_w),
-            slots=torch.arange(len(state)),
-        )
 
 
 @METHODS.register("tds")

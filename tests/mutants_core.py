@@ -92,14 +92,14 @@ MUTANTS = (
     Mutant(
         "terminal reward of the x0 prediction",
         "samplers/fk.py",
-        "images = yield Decode(state.x)",
-        "images = yield Decode(prediction.mode)",
+        "deliver(ctx, state, self.reward_scale)",
+        "deliver(ctx, replace(state, x=prediction.mode), self.reward_scale)",
         ("tests/test_fk.py::test_rewards_belong_to_the_delivered_samples",),
     ),
     Mutant(
         "terminal correction skipped",
-        "samplers/fk.py",
-        "        state = state.set_potential(tilt(reward, self.reward_scale))\n",
+        "samplers/base.py",
+        "    state = state.set_potential(tilt(reward, reward_scale))\n",
         "",
         (f"{TRACE}[always-difference]",),
     ),

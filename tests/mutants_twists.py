@@ -129,8 +129,8 @@ MUTANTS = (
     ),
     Mutant(
         "twists: the last potential is that of an estimate",
-        "samplers/tds.py",
-        "        state = state.set_potential(tilt(reward, self.reward_scale))\n",
+        "samplers/base.py",
+        "    state = state.set_potential(tilt(reward, reward_scale))\n",
         "",
         (*_HAND, *_LAW),
     ),
