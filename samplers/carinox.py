@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError
-from steering.method import Context, as_float64
 from steering.registry import METHODS
-from steering.requests import Decode, Gradient, Request, Score
-from steering.samplers.noise_optimisation import Iterate, NoiseOptimisation, clipped
+from steering.requests import Gradient, Request
+from steering.samplers.noise_optimisation import NoiseOptimisation, clipped
+from steering.scoring import Scores
 
 
 @METHODS.register("carinox")
@@ -50,24 +50,18 @@ class CARINOX(NoiseOptimisation):
                 f"carinox: component_clip must be positive, got {self.component_clip}."
             )
 
-    def _evaluate(
-        self, ctx: Context, noise: list[Tensor], k: int, grad: bool
-    ) -> Generator[Request, Any, Iterate]:
-        if not grad:
-            return (yield from super()._evaluate(ctx, noise, k, grad))
-        leaves = [z.clone().requires_grad_() for z in noise]
-        x0 = yield from self._trajectory(ctx, leaves, True)
-        images = yield Decode(x0, grad=True, checkpoint=self.checkpoint)
-        scores = yield Score(images, x0.detach(), final=True, grad=True)
+    def _slopes(
+        self, scores: Scores, free: tuple[Tensor, ...]
+    ) -> Generator[Request, Any, tuple[Tensor, ...]]:
+        """The sum of the components' directions, each clipped by itself."""
         parts = self._components(scores.value, scores.parts)
-        free = leaves[self._free(ctx) :]
         total = [torch.zeros_like(z) for z in free]
         for j, part in enumerate(parts):
-            slopes = yield Gradient(part, tuple(free), retain=j + 1 < len(parts))
+            slopes = yield Gradient(part, free, retain=j + 1 < len(parts))
             mine = clipped([s.to(z) for s, z in zip(slopes, free, strict=True)],
                            self.component_clip)  # fmt: skip
             total = [a + b for a, b in zip(total, mine, strict=True)]
-        return Iterate(x0.detach(), images.detach(), as_float64(scores.value), tuple(total))
+        return tuple(total)
 
     def _components(self, value: Tensor, parts: Mapping[str, Tensor]) -> list[Tensor]:
         """The parts that can be differentiated, weighted; the reward itself where there are none.

@@ -89,8 +89,8 @@ class DNO(NoiseOptimisation):
                 z if i < free else z + self.perturbation * self._nudge(ctx, z, i, j, k)
                 for i, z in enumerate(noise)
             ]
-            _, pictures, values = yield from self._score(ctx, near, False)
-            gain = (as_float64(values) - reward).nan_to_num().to(images)
+            _, pictures, scores = yield from self._score(ctx, near, False)
+            gain = (as_float64(scores.value) - reward).nan_to_num().to(images)
             direction += gain.reshape(-1, *[1] * (images.ndim - 1)) * (pictures - images.detach())
         length = torch.linalg.vector_norm(direction.flatten(1), dim=1).clamp_min(1e-12)
         direction /= length.reshape(-1, *[1] * (images.ndim - 1))

@@ -26,6 +26,7 @@ from steering.requests import Decode, Denoise, Gradient, Outcome, Progress, Requ
 from steering.samplers.base import Sampler, afford, check_scale, within_budget
 from steering.samplers.regularisers import slope
 from steering.samplers.rollout import require_noise
+from steering.scoring import Scores
 
 _EPS = 1e-12
 
@@ -206,19 +207,25 @@ class NoiseOptimisation(Sampler):
     ) -> Generator[Request, Any, Iterate]:
         """Rewards of G(z) and, with ``grad``, the directions in which they grow."""
         leaves = [z.clone().requires_grad_(grad) for z in noise]
-        x0, images, value = yield from self._score(ctx, leaves, grad)
+        x0, images, scores = yield from self._score(ctx, leaves, grad)
         slopes: tuple[Tensor, ...] = ()
         if grad:
-            slopes = yield Gradient(value * self._scale, tuple(leaves[self._free(ctx) :]))
-        return Iterate(x0.detach(), images.detach(), as_float64(value), slopes)
+            slopes = yield from self._slopes(scores, tuple(leaves[self._free(ctx) :]))
+        return Iterate(x0.detach(), images.detach(), as_float64(scores.value), slopes)
+
+    def _slopes(
+        self, scores: Scores, free: tuple[Tensor, ...]
+    ) -> Generator[Request, Any, tuple[Tensor, ...]]:
+        """Directions in which rewards grow, like ``free``."""
+        return (yield Gradient(scores.value * self._scale, free))
 
     def _score(
         self, ctx: Context, noise: list[Tensor], grad: bool
-    ) -> Generator[Request, Any, tuple[Tensor, Tensor, Tensor]]:
+    ) -> Generator[Request, Any, tuple[Tensor, Tensor, Scores]]:
         x = yield from self._trajectory(ctx, noise, grad)
         images = yield Decode(x, grad=grad, checkpoint=grad and self.checkpoint)
         scores = yield Score(images, x.detach(), final=True, grad=grad)
-        return x, images, scores.value
+        return x, images, scores
 
     def _trajectory(
         self, ctx: Context, noise: list[Tensor], grad: bool
