@@ -28,6 +28,7 @@ from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, 
 from steering.samplers.base import Sampler, afford, check_scale, within_budget
 from steering.samplers.best_of_n import BestOfN
 from steering.samplers.fk import FK
+from steering.samplers.rollout import walk
 
 
 @METHODS.register("auto")
@@ -126,7 +127,7 @@ class Auto(Sampler):
             info={"rewards": first.reward, "rank": ranks, "spread": spread, "follow": chosen,
                   "samples": more},
         )  # fmt: skip
-        follower = self._next(ctx.plan, more, chosen) if more and not done else None
+        follower = self._next(ctx.plan, more, chosen)
         if follower is not None:
             # Names of noise of its own: the pilot's slots must not be drawn again.
             seed = ctx.key("auto/follow").generator().initial_seed()
@@ -137,16 +138,14 @@ class Auto(Sampler):
 
     def _pilot(self, ctx: Context) -> Generator[Request, Any, tuple[Outcome, float]]:
         """Samples as best-of-N makes them, and how well their estimates ranked them."""
-        x, kernel, look = ctx.noise(self.pilot), self.kernel(), ctx.grid.nearest(self.preview_at)
-        early = torch.zeros(self.pilot, dtype=torch.float64)
-        for i, (t, u) in enumerate(ctx.grid.steps()):
-            prediction = yield Denoise(x, t)
-            if i == min(look, len(ctx.grid) - 1):
-                images = yield Decode(prediction.x0, preview=True)
-                scores = yield Score(images, prediction.x0)
-                early = as_float64(scores.value)
-                yield Progress(step=i, of=len(ctx.grid), preview=images)
-            x = ctx.move(x, prediction, t, u, kernel, step=i)
+        kernel, look = self.kernel(), min(ctx.grid.nearest(self.preview_at), len(ctx.grid) - 1)
+        x = yield from walk(ctx, ctx.noise(self.pilot), kernel, stop=look)
+        prediction = yield Denoise(x, ctx.grid.times[look])
+        images = yield Decode(prediction.x0, preview=True)
+        scores = yield Score(images, prediction.x0)
+        early = as_float64(scores.value)
+        yield Progress(step=look, of=len(ctx.grid), preview=images)
+        x = yield from walk(ctx, x, kernel, start=look, prediction=prediction)
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)
         reward = as_float64(scores.value)
@@ -181,17 +180,11 @@ class Auto(Sampler):
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two vectors [n]; 0 where one is constant."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    centred = ranks - ranks.mean(1, keepdim=True)
-    scale = centred.norm(dim=1).prod()
-    return float((centred[0] * centred[1]).sum() / scale) if float(scale) > 0.0 else 0.0
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks with ties at their mean."""
-    below = (values[:, None] > values[None]).sum(1)
-    equal = (values[:, None] == values[None]).sum(1)
-    return below.double() + (equal.double() - 1.0) / 2.0
+    if len(a.unique()) == 1 or len(b.unique()) == 1:
+        return 0.0
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 def _spread(reward: Tensor) -> float:

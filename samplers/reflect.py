@@ -18,8 +18,9 @@ from torch import Tensor
 from steering.errors import OptionError, RewardError
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
+from steering.requests import Decode, Outcome, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.rollout import walk
 from steering.scoring import Scores
 
 
@@ -125,10 +126,8 @@ class Reflect(Sampler):
     ) -> Generator[Request, Any, tuple[Outcome, Scores]]:
         """The samples of one round under the present prompt."""
         stream = "" if k == 0 else f"/{k}"
-        x, kernel = ctx.noise(self.n, stream=f"init{stream}"), self.kernel()
-        for i, (t, u) in enumerate(ctx.grid.steps()):
-            prediction = yield Denoise(x, t, cond=cond)
-            x = ctx.move(x, prediction, t, u, kernel, step=i, stream=f"proposal{stream}")
+        x = ctx.noise(self.n, stream=f"init{stream}")
+        x = yield from walk(ctx, x, self.kernel(), stream=f"proposal{stream}", cond=cond)
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)
         outcome = Outcome(

@@ -37,6 +37,7 @@ def walk(
     slots: Sequence[int] | None = None,
     prediction: Prediction | None = None,
     visit: Visit | None = None,
+    cond: int | None = None,
 ) -> Generator[Request, Any, Tensor]:
     """States x [n, *event] at node ``start`` moved to node ``stop`` (the end by default).
 
@@ -44,12 +45,13 @@ def walk(
         slots: whose noise each row takes; 0 .. n - 1 by default.
         prediction: at x, where it is already paid for.
         visit: sees every state on the way that the network was asked about.
+        cond: another prompt than the run's own.
     """
     stop = len(ctx.grid) if stop is None else stop
     for i in range(start, stop):
         t, u = ctx.grid.times[i], ctx.grid.times[i + 1]
         if prediction is None:
-            prediction = yield Denoise(x, t)
+            prediction = yield Denoise(x, t, cond=cond)
         assert prediction is not None
         if visit is not None:
             visit(i, x, prediction)
