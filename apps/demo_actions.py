@@ -95,13 +95,14 @@ def unlike_files(value: Any) -> Any:  # noqa: ANN401
 
     Such an object (rbf has an option of that name) becomes a list of [name, value].
     """
-    value = finite(value)
+    return _pairs(finite(value))
+
+
+def _pairs(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
-        inside = {k: unlike_files(v) for k, v in value.items()}
-        return (
-            [[k, v] for k, v in inside.items()] if isinstance(value.get("path"), str) else inside
-        )
-    return [unlike_files(v) for v in value] if isinstance(value, list) else value
+        inside = {k: _pairs(v) for k, v in value.items()}
+        return list(map(list, inside.items())) if isinstance(value.get("path"), str) else inside
+    return [_pairs(v) for v in value] if isinstance(value, list) else value
 
 
 def progress(ticket: Ticket, shown: Mapping[str, Any], ahead: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: gradio makes the schema from the annotations themselves.
 
 import functools
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -168,9 +167,7 @@ def _questions(host: Host) -> tuple[Callable[..., Any], ...]:
 
     async def methods() -> list:
         """The methods with their options, presets and papers."""
-        # As text: the client takes a mapping with a "path" (an option of rbf) for a file.
-        texts = ("options", "presets")
-        return [r | {k: json.dumps(r[k]) for k in texts} for r in finite(method_rows())]
+        return actions.unlike_files(method_rows())
 
     async def rewards() -> list:
         """The rewards that may be mixed here."""
