@@ -184,10 +184,10 @@ def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
     if isinstance(whole, Prediction):
         return whole.rows(index)
     if isinstance(whole, Scores):
-        rows = torch.arange(len(whole.value))[index].tolist()
-        return Scores(
-            whole.value[index],
-            {k: v[index] for k, v in whole.parts.items()},
-            notes={k: [texts[i] for i in rows] for k, texts in whole.notes.items()},
-        )
+        notes = {}
+        if whole.notes:
+            rows = torch.arange(len(whole.value))[index].tolist()
+            notes = {k: [texts[i] for i in rows] for k, texts in whole.notes.items()}
+        parts = {k: v[index] for k, v in whole.parts.items()}
+        return Scores(whole.value[index], parts, notes=notes)
     return whole[index]
