@@ -45,7 +45,7 @@ MUTANTS = (
         "samplers/fk.py",
         "            history = history[:, ancestors]\n",
         "",
-        (f"{TRACE}[always-max]",),
+        (f"{TRACE}[measured-always-max]",),
     ),
     Mutant(
         "one resampling key for all prompts",
@@ -101,7 +101,7 @@ MUTANTS = (
         "samplers/base.py",
         "    state = state.set_potential(tilt(reward, reward_scale))\n",
         "",
-        (f"{TRACE}[always-difference]",),
+        (f"{TRACE}[none-always-difference]",),
     ),
     Mutant(
         "reward_scale applied twice",
@@ -115,7 +115,7 @@ MUTANTS = (
         "samplers/fk.py",
         "self.ess_threshold * len(state)",
         "self.ess_threshold * 2 * len(state)",
-        (f"{TRACE}[ess-difference]",),
+        (f"{TRACE}[none-ess-difference]",),
     ),
     Mutant(
         "noise keyed by ancestor",
