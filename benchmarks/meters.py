@@ -49,6 +49,25 @@ def clocked(pipe: object, now: Callable[[], float] = time.perf_counter) -> Itera
             handle.remove()
 
 
+def together_or_apart(
+    steer: Callable[[object], object], texts: list[str], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of all prompts in one call and of a call for each, in turn, and their ratio.
+
+    The first round warms up and is not counted.
+    """
+    took: dict[str, list[float]] = {"together": [], "one by one": []}
+    for repeat in range(repeats + 1):
+        for name, jobs in (("one by one", texts), ("together", [texts])):
+            started = time.perf_counter()
+            for job in jobs:
+                steer(job)
+            if repeat:
+                took[name].append(time.perf_counter() - started)
+    pairs = zip(took["one by one"], took["together"], strict=True)
+    return {"ratio": spread([a / b for a, b in pairs]), **{k: spread(v) for k, v in took.items()}}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -13,7 +13,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
@@ -49,12 +49,19 @@ def scored(clock: ModuleClock) -> Iterator[None]:
         steering.engine.score = plain
 
 
-def once(pipe: object, text: str, method: str, nfe: int, seed: int) -> dict[str, float]:
+def once(
+    pipe: object,
+    text: str,
+    method: str,
+    nfe: int,
+    seed: int,
+    now: Callable[[], float] = time.process_time,
+) -> dict[str, float]:
     """One run: seconds in all, and inside network, decoder and reward."""
-    with clocked(pipe, now=time.process_time) as clock, scored(clock):
-        started = time.process_time()
+    with clocked(pipe, now=now) as clock, scored(clock):
+        started = now()
         result = steering.steer(pipe, text, reward="clip", method=method, nfe=nfe, seed=seed)
-        seconds = time.process_time() - started
+        seconds = now() - started
     return {"seconds": seconds, "paid": clock.seconds, "nfe": result.ledger.nfe}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import steering
-from benchmarks.meters import clocked, spread
+from benchmarks.meters import spread
+from benchmarks.own_share import once
 from steering.stickers.prompts import prompts as sticker_prompts
 
 REPEATS = 5
@@ -26,18 +27,13 @@ def run(*, prompts: int, nfe: int) -> dict:
     (text,) = sticker_prompts("heldout", n=1, seed=1)
     rows = {}
     for method in ("best_of_n", "fk"):
-        shares, walls = [], []
-        for repeat in range(REPEATS + 1):
-            with clocked(pipe) as clock:
-                started = time.perf_counter()
-                result = steering.steer(
-                    pipe, text, reward="clip", method=method, nfe=NFE, seed=repeat,
-                )  # fmt: skip
-                wall = time.perf_counter() - started
-            paid = clock.seconds + result.ledger.spent["reward"]
-            if repeat:  # the first run also opens the reward's weights
-                shares.append(1.0 - paid / wall)
-                walls.append(wall)
-        rows[method] = {"own_share": spread(shares), "seconds": spread(walls)}
+        runs = [
+            once(pipe, text, method, NFE, repeat, now=time.perf_counter)
+            for repeat in range(REPEATS + 1)
+        ][1:]  # the first run also opens the reward's weights
+        rows[method] = {
+            "own_share": spread([1.0 - r["paid"] / r["seconds"] for r in runs]),
+            "seconds": spread([r["seconds"] for r in runs]),
+        }
     lines = [_line(method, row) for method, row in rows.items()]
     return {"nfe": NFE, "rows": rows, "table": "Own share (bar: 3 %)\n" + "\n".join(lines)}
