@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,25 +10,12 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import steering
-from steering.apps import cli
 from steering.errors import OptionError, RecipeError, SteeringError
 from steering.recipe import CHUNK, Recipe, read
+from tests.command import run
 
 PROMPT = "a photo of a red apple and a blue clock"
 FAST = ["--set", "num_inference_steps=6"]
-
-
-def run(capsys, *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command in this process."""
-    before = sys.argv
-    sys.argv = ["steer", *words]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from steering.apps import cli
 from steering.apps.geneval_folder import look
 from steering.apps.geneval_page import bars, scatter, write_page
 from steering.apps.geneval_report import (
@@ -35,6 +33,7 @@ from steering.rewards.geneval_colors import Scorer, StickerColors
 from steering.rewards.geneval_detectors import Stickers
 from steering.scoring import Scores, resolve_reward
 from steering.stickers import TAGS, StickerWorld, parse, prompts
+from tests.command import run
 
 SOME = [parse(p) for p in prompts("heldout", n=553)][::46]  # 13 prompts, all tags
 WRONG = [parse(p) for p in prompts("heldout", n=553, seed=9)][::46]
@@ -367,14 +366,8 @@ def test_plots_have_a_bar_per_tag_and_a_point_per_run(scored):
 
 
 def steer(capsys, *words: str) -> tuple[int, str, str]:
-    before, sys.argv = sys.argv, ["steer", "geneval", *words]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
+    code, out, err = run(capsys, "geneval", *words)
+    return code, out, " ".join(err.split())
 
 
 def test_commands_on_a_folder_made_elsewhere(capsys, tmp_path):

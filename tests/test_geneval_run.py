@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 import steering
-from steering.apps import cli
 from steering.apps.geneval_folder import digest, look, prompts_hash
 from steering.apps.geneval_run import Settings, Worker, make, run_json, seed_of
 from steering.apps.geneval_score import score_folder
@@ -27,6 +26,7 @@ from steering.recipe import read
 from steering.rewards.geneval_colors import Scorer, StickerColors
 from steering.rewards.geneval_detectors import Stickers
 from steering.stickers import parse, prompts
+from tests.command import run
 
 FAST = {"num_inference_steps": 2, "guidance_scale": 1.0}
 SETTINGS = Settings(method="best_of_n", options={"n": 2}, call=FAST, images_per_prompt=2, seed=5)
@@ -349,14 +349,8 @@ def test_the_prompts_hash_sees_records_not_their_spelling():
 
 
 def steer(capsys, *words: str) -> tuple[int, str, str]:
-    before, sys.argv = sys.argv, ["steer", *words]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
+    code, out, err = run(capsys, *words)
+    return code, out, " ".join(err.split())
 
 
 def test_the_command_runs_scores_reports_and_resumes(capsys, tmp_path):

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from PIL import Image
 
-from steering.apps import cli
 from steering.apps.geneval_score import read_image
 from steering.apps.score import find, prompts_of, score_files
 from steering.errors import OptionError, RewardError
 from steering.rewards import register
-
-
-def run(capsys, *words):
-    """Exit code, standard output and standard error of a command in this process."""
-    before = sys.argv
-    sys.argv = ["steer", *words]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
+from tests.command import run
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import steering
-from steering.apps import cli, stickers
+from steering.apps import stickers
 from steering.errors import OptionError, WeightsError
 from steering.loading import SHIPPED, call_defaults, source_of
 from steering.stickers import TAGS, StickerWorld, measure, prompts
@@ -20,6 +19,7 @@ from steering.stickers.load import CALLS, FOLDERS, WEIGHTS, load_pipeline
 from steering.stickers.train import flow, turbo, unet
 from steering.stickers.train.clip import swap
 from steering.stickers.train.loop import Recipe
+from tests.command import run
 
 BASE = FOLDERS["stickers"]
 
@@ -249,17 +249,6 @@ def test_the_world_renders_metadata_scenes_and_prompts_alike() -> None:
 
 
 # The command
-
-
-def run(capsys, *words: str) -> tuple[int, str, str]:
-    before, sys.argv = sys.argv, ["steer", *words]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def test_eval_prints_a_table_and_json(capsys, tmp_path) -> None:
