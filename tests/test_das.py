@@ -14,12 +14,12 @@ from steering.particles import State, ess
 from steering.rewards import FunctionReward
 from steering.samplers import DAS, FK, BestOfN
 from steering.samplers.twists import doubling, raise_temper
-from tests.test_tds import Noted
 from tests.twisted_worlds import (
     BOWL,
     LINE,
     WORLDS,
     N,
+    Noted,
     Paired,
     affine_end,
     bell,
@@ -27,6 +27,7 @@ from tests.twisted_worlds import (
     plane,
     repeated,
     steer,
+    weights_by_hand,
     worst,
 )
 
@@ -70,29 +71,18 @@ def test_one_gaussian_against_the_affine_recursion() -> None:
 
 def test_weights_by_hand_for_a_linear_reward_and_one_gaussian() -> None:
     """Each proposal leans by its variance times the gradient, under the temper it leads to."""
-    scale, m, s, gamma = 1.5, 0.5, 0.6, 0.3
-    model = Noted([1.0], [m], [s], steps=5)
+    scale, gamma = 1.5, 0.3
+    model = Noted([1.0], [0.5], [0.6], steps=5)
     method = DAS(n_particles=7, reward_scale=scale, resample="never", gamma=gamma)
     result = steer(model, LINE, method, seed=3)
-    order = result.slots.argsort()
-    states = [x[:, 0] for x in model.seen] + [result.samples[order, 0]]
-    total = torch.zeros(7, dtype=torch.float64)
-    for i, (t, u) in enumerate(model.grid().steps()):
-        if u.end:
-            break
-        v = (t.alpha * s) ** 2 + t.sigma**2
-        gain = t.alpha * s * s / v
-        x0 = m + gain * (states[i] - t.alpha * m)
-        eps = t.sigma / v * (states[i] - t.alpha * m)
-        rho = t.alpha * u.sigma / (u.alpha * t.sigma)
-        std = u.sigma * math.sqrt(1 - rho * rho)
-        mean = u.alpha * x0 + math.sqrt(u.sigma**2 - std**2) * eps
-        lean = std**2 * min((1 + gamma) ** (i + 1) - 1, 1.0) * scale * gain
-        base = torch.distributions.Normal(mean, std)
-        real = torch.distributions.Normal(mean + lean, std)
-        total += base.log_prob(states[i + 1]) - real.log_prob(states[i + 1])
-    total += scale * states[-1]
-    torch.testing.assert_close(result.log_weights[order], total, rtol=0, atol=1e-6)
+
+    def lean(i, t, u, kept, std, gain):
+        return std**2 * min((1 + gamma) ** (i + 1) - 1, 1.0) * scale * gain
+
+    total = weights_by_hand(model, result, scale, 1.0, lean)
+    torch.testing.assert_close(
+        result.log_weights[result.slots.argsort()], total, rtol=0, atol=1e-6
+    )
 
 
 def test_the_potential_has_the_temper_of_its_own_step() -> None:

@@ -21,6 +21,7 @@ from tests.twisted_worlds import (
     LINE,
     WORLDS,
     N,
+    Noted,
     Paired,
     affine_end,
     bell,
@@ -29,6 +30,7 @@ from tests.twisted_worlds import (
     plane,
     repeated,
     steer,
+    weights_by_hand,
     worst,
 )
 
@@ -73,40 +75,21 @@ def test_one_gaussian_against_the_affine_recursion() -> None:
     assert distance(pairs, mean + scale * variance) < 5.0
 
 
-class Noted(GaussianMixture):
-    """Remembers the states it was asked about."""
-
-    def predict(self, x, t, *, cond=0, grad=False):
-        self.__dict__.setdefault("seen", []).append(x.detach().clone())
-        return super().predict(x, t, cond=cond, grad=grad)
-
-
 def test_weights_by_hand_for_a_linear_reward_and_one_gaussian() -> None:
     """Densities written out: normal laws with the shift that the paper's formula gives."""
-    scale, m, s = 1.5, 0.5, 0.6
-    model = Noted([1.0], [m], [s], steps=5)
+    scale = 1.5
+    model = Noted([1.0], [0.5], [0.6], steps=5)
     method = TDS(start=0.0, n_particles=7, reward_scale=scale, resample="never", eta=0.8)
     result = steer(model, LINE, method, seed=3)
-    order = result.slots.argsort()
-    states = [x[:, 0] for x in model.seen] + [result.samples[order, 0]]
-    total = torch.zeros(7, dtype=torch.float64)
-    for i, (t, u) in enumerate(model.grid().steps()):
-        if u.end:
-            break
-        v = (t.alpha * s) ** 2 + t.sigma**2
-        gain = t.alpha * s * s / v
-        x0 = m + gain * (states[i] - t.alpha * m)
-        eps = t.sigma / v * (states[i] - t.alpha * m)
-        rho = t.alpha * u.sigma / (u.alpha * t.sigma)
-        std = 0.8 * u.sigma * math.sqrt(1 - rho * rho)
-        kept = math.sqrt(u.sigma**2 - std**2)
+
+    def lean(i, t, u, kept, std, gain):
         twist = scale * gain
-        lean = u.alpha * t.sigma**2 * twist / t.alpha - kept * t.sigma * twist if t.alpha else 0.0
-        base = torch.distributions.Normal(u.alpha * x0 + kept * eps, std)
-        real = torch.distributions.Normal(u.alpha * x0 + kept * eps + lean, std)
-        total += base.log_prob(states[i + 1]) - real.log_prob(states[i + 1])
-    total += scale * states[-1]
-    torch.testing.assert_close(result.log_weights[order], total, rtol=0, atol=1e-6)
+        return u.alpha * t.sigma**2 * twist / t.alpha - kept * t.sigma * twist if t.alpha else 0.0
+
+    total = weights_by_hand(model, result, scale, 0.8, lean)
+    torch.testing.assert_close(
+        result.log_weights[result.slots.argsort()], total, rtol=0, atol=1e-6
+    )
 
 
 def test_weights_are_flat_where_the_twist_is_nearly_exact() -> None:

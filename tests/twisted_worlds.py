@@ -58,6 +58,41 @@ class Paired(GaussianMixture):
         return super().predict(x, t, cond=cond, grad=grad)
 
 
+class Noted(GaussianMixture):
+    """Remembers the states it was asked about."""
+
+    def predict(self, x, t, *, cond=0, grad=False):
+        self.__dict__.setdefault("seen", []).append(x.detach().clone())
+        return super().predict(x, t, cond=cond, grad=grad)
+
+
+def weights_by_hand(model: Noted, result, scale: float, eta: float, lean) -> torch.Tensor:
+    """ln dP/dQ + scale * x0 of every path, by slot, from normal densities written out.
+
+    The model is one Gaussian; ``lean(i, t, u, kept, std, gain)`` is how far the mean of proposal
+    i stands from the base kernel's, with gain = d x0 / d x.
+    """
+    m, s = float(model.means[0, 0]), float(model.stds[0])
+    order = result.slots.argsort()
+    states = [x[:, 0] for x in model.seen] + [result.samples[order, 0]]
+    total = torch.zeros(len(order), dtype=torch.float64)
+    for i, (t, u) in enumerate(model.grid().steps()):
+        if u.end:
+            break
+        v = (t.alpha * s) ** 2 + t.sigma**2
+        gain = t.alpha * s * s / v
+        x0 = m + gain * (states[i] - t.alpha * m)
+        eps = t.sigma / v * (states[i] - t.alpha * m)
+        rho = t.alpha * u.sigma / (u.alpha * t.sigma)
+        std = eta * u.sigma * math.sqrt(1 - rho * rho)
+        kept = math.sqrt(u.sigma**2 - std**2)
+        mean = u.alpha * x0 + kept * eps
+        base = torch.distributions.Normal(mean, std)
+        real = torch.distributions.Normal(mean + lean(i, t, u, kept, std, gain), std)
+        total += base.log_prob(states[i + 1]) - real.log_prob(states[i + 1])
+    return total + scale * states[-1]
+
+
 WORLDS = {
     "line": (line, LINE, 0.7, 0),
     "plane": (plane, BOWL, 1.0, 0),
