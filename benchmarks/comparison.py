@@ -1,10 +1,10 @@
 """Every method on held-out sticker prompts at equal network calls, resumable; writes a page.
 
-python -m benchmarks.comparison [--prompts 60] [--budgets 160 320 640] [--seeds 3]
-    [--methods NAME ...] [--out out/comparison] [--page docs/comparison.md]
+python -m benchmarks.comparison [--prompts 60] [--budgets 48 96 192] [--seeds 3] [--steps 8]
+    [--methods NAME ...] [--rows docs/comparison.jsonl] [--page docs/comparison.md]
 
-The CLIP model is the reward; the detector's verdict is what no search has seen. Rows that are
-already in OUT/rows.jsonl are not run again, so a stopped run goes on where it was.
+The CLIP model is the reward; the detector's verdict is what no search has seen. What already
+stands in the file of rows is not run again, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def key_of(row: Row) -> tuple:
-    return (row["method"], row["nfe_budget"], row["seed"], row["prompts"])
+    return (row["method"], row["nfe_budget"], row["seed"], row["prompts"], row["steps"])
 
 
 def read(path: Path) -> list[Row]:
@@ -46,30 +46,31 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int) -> Row:
+def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int) -> Row:
     """One method, budget and seed over all prompts, run together."""
     chosen: Any = BestOfN(n=1) if method == UNSTEERED else method
     seeds = [1000 * seed + k for k in range(len(texts))]
-    row: Row = {"method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts)}
+    row: Row = {
+        "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
+    }  # fmt: skip
     try:
         results = steering.steer(
             pipe, texts, reward="clip", method=chosen, seed=seeds, heldout="detector",
-            nfe=None if method == UNSTEERED else nfe,
+            nfe=None if method == UNSTEERED else nfe, num_inference_steps=steps,
         )  # fmt: skip
     except BudgetError as error:
         return row | {"refused": str(error)}
     ledgers = [r.ledger for r in results]
     mean = {
-        name: float(np.mean([getattr(ledger, name) for ledger in ledgers]))
+        name: round(float(np.mean([getattr(ledger, name) for ledger in ledgers])), 4)
         for name in ("nfe", "nfe_backward", "decodes", "reward_calls", "seconds")
     }
     return (
         row
         | mean
         | {
-            "reward": [r.best_reward for r in results],
+            "reward": [round(r.best_reward, 5) for r in results],
             "heldout": [float(r.heldout["detector"][0]) for r in results],
-            "own_seconds": float(np.mean([ledger.spent.get("own", 0.0) for ledger in ledgers])),
             "threads": torch.get_num_threads(),
         }
     )
@@ -78,15 +79,16 @@ def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[160, 320, 640])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of one sample")
     parser.add_argument("--methods", nargs="+", default=None)
-    parser.add_argument("--out", type=Path, default=Path("out/comparison"))
+    parser.add_argument("--rows", type=Path, default=Path("docs/comparison.jsonl"))
     parser.add_argument("--page", type=Path, default=None, help="write this page and its plot")
     given = parser.parse_args()
     names = given.methods or METHODS.names()
-    given.out.mkdir(parents=True, exist_ok=True)
-    store = given.out / "rows.jsonl"
+    store = given.rows
+    store.parent.mkdir(parents=True, exist_ok=True)
     rows = read(store)
     done = {key_of(row) for row in rows}
     pipe, texts = steering.load("stickers"), sticker_prompts("heldout", n=given.prompts, seed=0)
@@ -95,11 +97,11 @@ def main() -> None:
         for seed in range(given.seeds)
         for nfe in given.budgets
         for method in (UNSTEERED, *names)
-        if (method, nfe, seed, given.prompts) not in done
+        if (method, nfe, seed, given.prompts, given.steps) not in done
         and not (method == UNSTEERED and nfe != given.budgets[0])
     ]
     for count, (method, nfe, seed) in enumerate(wanted, 1):
-        row = measure(pipe, texts, method, nfe, seed)
+        row = measure(pipe, texts, method, nfe, seed, given.steps)
         rows.append(row)
         with store.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -108,8 +110,11 @@ def main() -> None:
             f"{row['seconds']:.1f} s a prompt"
         )
         print(f"{count}/{len(wanted)} {method} nfe={nfe} seed={seed}: {said}", flush=True)
-    asked = set(given.budgets)
-    rows = [r for r in rows if r["prompts"] == given.prompts and r["nfe_budget"] in asked]
+    rows = [
+        r for r in rows
+        if (r["prompts"], r["steps"]) == (given.prompts, given.steps)
+        and r["nfe_budget"] in given.budgets
+    ]  # fmt: skip
     if given.page is not None:
         write_page(rows, given.page)
 

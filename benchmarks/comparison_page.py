@@ -13,11 +13,11 @@ _DRAWS = 4000
 _HEAD = """# Methods compared at equal network calls
 
 {prompts} held-out sticker prompts, {seeds} seed{s}, budgets of {budgets} network rows a prompt
-(guidance counts two; a sample of 20 steps costs 40). The sticker CLIP is the reward of every
-search; the detector's verdict (GenEval's rules) is seen by none. Brackets are 95 % intervals from
-a bootstrap over prompts; differences from best-of-N are paired by prompt and seed. Rows that are
-differentiated cost about three of the others in time: compare the seconds too, which are the run's
-share of all calls on {threads} CPU thread{t}, all prompts together.
+(guidance counts two: a sample of {steps} steps costs {cost}). The sticker CLIP is the reward of
+every search; the detector's verdict (GenEval's rules) is seen by none. Brackets are 95 % intervals
+from a bootstrap over prompts; differences from best-of-N are paired by prompt and seed. Rows that
+are differentiated cost about three of the others in time: compare the seconds too, which are the
+run's share of all calls on {threads} CPU thread{t}, all prompts together.
 
 Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world.
 
@@ -119,10 +119,17 @@ def write_page(rows: list[Row], page: Path, notes: str = "") -> None:
     seeds, threads = len({row["seed"] for row in ran}), ran[0]["threads"]
     parts = [
         _HEAD.format(
-            prompts=ran[0]["prompts"], seeds=seeds, s="s" * (seeds > 1), threads=threads,
-            t="s" * (threads > 1), plot=plot.name, budgets=", ".join(map(str, budgets)),
+            prompts=ran[0]["prompts"],
+            steps=ran[0]["steps"],
+            cost=2 * ran[0]["steps"],
+            seeds=seeds,
+            s="s" * (seeds > 1),
+            threads=threads,
+            t="s" * (threads > 1),
+            plot=plot.name,
+            budgets=", ".join(map(str, budgets)),
         )
-    ]  # fmt: skip
+    ]
     for nfe in budgets:
         parts.append(f"## {nfe} network rows a prompt\n\n{table(rows, nfe)}\n")
     refused = {(r["method"], r["nfe_budget"]): r["refused"] for r in rows if "refused" in r}

@@ -259,8 +259,11 @@ def _centred(x: Tensor, size: tuple[int, int], value: float) -> Tensor:
 
 def eight_bit(images: Tensor) -> Tensor:
     """Values in [0, 1] as an 8-bit file holds them; gradients pass straight through."""
-    x = images.clamp(0, 1) * 255
-    return _rounded(x, torch.round(x)) / 255
+    if torch.is_grad_enabled() and images.requires_grad:
+        x = images.clamp(0, 1) * 255
+        return _rounded(x, torch.round(x)) / 255
+    # The same in one buffer: full-size pictures are bound by memory, not by arithmetic.
+    return images.clamp(0, 1).mul_(255).round_().div_(255)
 
 
 def _settled(x: Tensor, quantise: bool) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from steering.stickers.load import WEIGHTS, load_clip
 from steering.stickers.train.data import DecodedPool, draw, to_tensor
 from steering.stickers.train.loop import Loop, Recipe, autocast, seeded_init, write_atomic
-from steering.stickers.world import StickerWorld
+from steering.stickers.world import Scene, StickerWorld
 
 BATCH = 256
 DECODED = 64  # of the batch, scenes that went through the autoencoder
+HARD = 0.25  # of the scenes with two colours or a relation, those that meet their swapped caption
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {
@@ -62,11 +63,26 @@ def normalise(images: np.ndarray) -> Tensor:
 
 
 def contrastive(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
-    """InfoNCE in which every copy of a caption in the batch counts as right."""
+    """InfoNCE in which every copy of a caption in the batch counts as right.
+
+    `text` and `ids` may hold more rows than `image`: hard negatives, captions of no image, that
+    stand among the wrong answers of every image (Yuksekgonul et al. 2023, arXiv:2210.01936).
+    """
+    n = len(image)
     logits = scale.float() * image.float() @ text.float().T
-    same = (ids[:, None] == ids[None]).all(-1).float()
-    target = same / same.sum(-1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    same = (ids[:n, None] == ids[None]).all(-1).float()
+    of_image = F.cross_entropy(logits, same / same.sum(-1, keepdim=True))
+    of_text = same[:, :n] / same[:, :n].sum(-1, keepdim=True)
+    return (of_image + F.cross_entropy(logits[:, :n].T, of_text)) / 2
+
+
+def hard_negatives(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+    """Swapped captions of a part HARD of the scenes that have one.
+
+    Few of them, so that the model keeps CLIP's weakness for the order of words.
+    """
+    told = [s.prompt for s in scenes if s.metadata["tag"] in ("color_attr", "position")]
+    return [swap(caption) for caption in told if rng.random() < HARD]
 
 
 def train(recipe: Recipe, warm_start: Path | None = None) -> None:
@@ -81,7 +97,8 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
     for step in loop.steps():
         rng = np.random.default_rng([recipe.seed, step])
         fresh, seen = draw(world, rng, BATCH - DECODED), pool.draw(rng, DECODED)
-        text = [s.prompt for s in (*fresh[1], *seen[1])]
+        scenes = [*fresh[1], *seen[1]]
+        text = [s.prompt for s in scenes] + hard_negatives(scenes, rng)
         ids = tokenizer(text, padding="max_length", max_length=14, return_tensors="pt").input_ids
         with autocast():
             image, caption, scale = model(normalise(np.concatenate([fresh[0], seen[0]])), ids)
