@@ -18,7 +18,10 @@ from steering.method import Context, Cost, Plan, as_float64, coerce
 from steering.model import Model
 from steering.particles import State, ess, log_mean_exp
 from steering.paths import Path, Prediction, Time, Times
-from steering.requests import Decode, Outcome, Progress, Request, Score
+from steering.requests import Decode, Denoise, Outcome, Progress, Request, Score
+from steering.samplers.guided import Lead, as_guide, check_weighed
+from steering.samplers.guides import Guide
+from steering.samplers.twists import require_gaussian
 from steering.transitions import (
     EtaKernel,
     FullRenoise,
@@ -93,6 +96,8 @@ class Sampler:
         grid: "own" for the pipeline's noise levels, or the name of another shape below its first
             level.
         steps: number of steps of another shape; the pipeline's own number by default.
+        guidance: a `Guide`, its options or the name of its preset: steps lean towards reward by
+            its gradient. Where weights are kept they take the ratio of the densities in.
     """
 
     eta: float = 0.0
@@ -100,10 +105,17 @@ class Sampler:
     transition: str = "eta"
     grid: str = "own"
     steps: int | None = None
+    guidance: Guide | str | dict[str, Any] | None = None
 
+    name: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, object]]] = {}
+    unguided: ClassVar[str | None] = (
+        "its steps are written without it. Use a method whose steps can lean, such as fk."
+    )
+    """Why steps of this method cannot be guided and what to do instead; None where they can."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", as_guide(self.guidance))
         for f in fields(self):
             value = coerce(type(self), f.name, getattr(self, f.name))
             object.__setattr__(self, f.name, value)
@@ -122,6 +134,26 @@ class Sampler:
             EtaKernel(eta=eta or 0.0)
         if self.eta_end is not None and self.transition != "eta":
             raise OptionError(f"eta_end belongs to transition='eta', not to {self.transition!r}.")
+        if self.guide is not None:
+            self._check_guide(self.guide)
+
+    def _check_guide(self, guide: Guide) -> None:
+        if self.unguided is not None:
+            raise OptionError(f"{self.name} takes no guidance: {self.unguided}")
+        if self.weighed:
+            check_weighed(self.name, guide, self.kernel())
+        if guide.differentiates:
+            object.__setattr__(self, "needs_gradient", True)
+
+    @property
+    def guide(self) -> Guide | None:
+        """``guidance`` as ``__post_init__`` read it."""
+        return self.guidance  # type: ignore[return-value]
+
+    @property
+    def weighed(self) -> bool:
+        """Whether the densities of guided steps count."""
+        return False
 
     def kernel(self) -> Transition:
         """The transition these options name."""
@@ -132,10 +164,46 @@ class Sampler:
 
     def levels(self, model: Model) -> Grid:
         """The noise levels to visit."""
+        if self.guide is not None:
+            require_gaussian(f"{self.name} with guidance", model)
         own = model.grid()
         if self.grid == "own":
             return own
         return starting_at(own.times[0], model.path, self.grid, self.steps or len(own))
+
+    # --- guided steps ---
+
+    def lead(self, where: Plan | Context) -> Lead | None:
+        """The guide of a run and the scale of its reward."""
+        if self.guide is None:
+            return None
+        plan = where.plan if isinstance(where, Context) else where
+        return Lead(self.guide, plan.scale(getattr(self, "reward_scale", None)))
+
+    def per_step(self, plan: Plan) -> tuple[Sequence[int], Sequence[int]]:
+        """(network rows, further decodes and reward calls) of one sample at each step."""
+        if self.guide is None:
+            return plan.costs, (0,) * len(plan.costs)
+        return self.guide.charges(plan, weighed=self.weighed)
+
+    def ask(self, ctx: Context, state: State, t: Time, i: int) -> Generator[Request, Any, State]:
+        """A population with the network's answer and, where step i is guided, the gradient.
+
+        Both move with the particles; what the state already has is not asked for again.
+        """
+        if (lead := self.lead(ctx)) is not None:
+            return (yield from lead.guide.attach(ctx, state, t, i, lead.reward_scale))
+        return replace(state, prediction=state.prediction or (yield Denoise(state.x, t)))
+
+    def advance(
+        self, ctx: Context, state: State, t: Time, u: Time, i: int, kernel: Transition
+    ) -> State:
+        """The population after step i; a guided one has the ratio of densities in its weights."""
+        assert state.prediction is not None
+        if self.guide is not None and "pull" in state.memory:
+            return self.guide.advance(ctx, state, t, u, i, kernel)
+        x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
+        return replace(state, x=x, prediction=None)
 
 
 def check_scale(name: str, reward_scale: float | None) -> None:

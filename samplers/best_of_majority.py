@@ -21,8 +21,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from steering.errors import OptionError
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
+from steering.requests import Decode, Outcome, Progress, Run, Score
 from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.rollout import walk
 
 _CHUNK = 16
 """Samples decoded together."""
@@ -80,6 +81,7 @@ class BestOfMajority(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,8 +102,9 @@ class BestOfMajority(Sampler):
             )
 
     def cost(self, plan: Plan) -> Cost:
-        n = self.n or 1
-        return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
+        n, (rows, calls) = self.n or 1, self.per_step(plan)
+        judged = n * (1 + sum(calls))
+        return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> BestOfMajority:
         if self.n is None:
@@ -115,10 +118,9 @@ class BestOfMajority(Sampler):
     def run(self, ctx: Context) -> Run:
         """Best-of-N's samples, the screen, the k best of what passes."""
         assert self.n is not None
-        x, kernel = ctx.noise(self.n), self.kernel()
-        for i, (t, u) in enumerate(ctx.grid.steps()):
-            prediction = yield Denoise(x, t)
-            x = ctx.move(x, prediction, t, u, kernel, step=i)
+        x, kernel, lead = ctx.noise(self.n), self.kernel(), self.lead(ctx)
+        for i, (t, _) in enumerate(ctx.grid.steps()):
+            x = yield from walk(ctx, x, kernel, start=i, stop=i + 1, lead=lead)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
         pictures, rewards = [], []
         for part in x.split(_CHUNK):

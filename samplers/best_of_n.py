@@ -8,23 +8,18 @@ with an unbiased normaliser. Every other method must beat it at equal cost.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from steering.errors import OptionError
-from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
-from steering.model import Model
 from steering.particles import log_mean_exp, normalise
-from steering.paths import Time
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
 from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
-from steering.samplers.guides import Guide, as_guide, check_weighed
-from steering.samplers.twists import require_gaussian
 
 _CHUNK = 16
 """Samples decoded together: pictures that do not win are not kept."""
@@ -41,15 +36,12 @@ class BestOfN(Sampler):
             exp(reward_scale r), "all" returns every sample with these weights.
         k: how many samples "top_k" and "soft" return.
         reward_scale: of "soft", "all" and guidance; None as in `fk`.
-        guidance: a `Guide`, its options or the name of its preset: every sample leans towards
-            reward by its gradient. "soft" and "all" correct their weights by the densities.
     """
 
     n: int | None = None
     select: Literal["argmax", "top_k", "soft", "all"] = "argmax"
     k: int = 1
     reward_scale: float | None = None
-    guidance: Guide | str | dict[str, Any] | None = None
 
     name: ClassVar[str] = "best_of_n"
     summary: ClassVar[str] = "N independent samples, keep the best"
@@ -58,9 +50,9 @@ class BestOfN(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance", as_guide(self.guidance))
         super().__post_init__()
         check_scale("best_of_n", self.reward_scale)
         if self.n is not None and self.n < 1:
@@ -71,32 +63,15 @@ class BestOfN(Sampler):
             raise OptionError(f"best_of_n: k={self.k} needs select='top_k' or 'soft'.")
         # An instance is as honest as its options.
         object.__setattr__(self, "target", "tilted" if self.weighed else "maximum")
-        if self.guide is not None:
-            if self.weighed:
-                check_weighed("best_of_n", self.guide, self.kernel())
-            object.__setattr__(self, "needs_gradient", self.guide.differentiates)
-
-    @property
-    def guide(self) -> Guide | None:
-        """``guidance`` as ``__post_init__`` read it."""
-        return self.guidance  # type: ignore[return-value]
 
     @property
     def weighed(self) -> bool:
-        """Whether samples carry weights."""
         return self.select in ("soft", "all")
 
-    def levels(self, model: Model) -> Grid:
-        if self.guide is not None:
-            require_gaussian("best_of_n with guidance", model)
-        return super().levels(model)
-
     def cost(self, plan: Plan) -> Cost:
-        n, guide = self.n or 1, self.guide
-        nfe, calls = guide.extra(plan, weighed=self.weighed) if guide else (0, 0)
-        return Cost(
-            nfe=n * (plan.trajectory + nfe), decodes=n * (calls + 1), reward_calls=n * (calls + 1)
-        )
+        n, (rows, calls) = self.n or 1, self.per_step(plan)
+        judged = n * (1 + sum(calls))
+        return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> BestOfN:
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
@@ -110,14 +85,16 @@ class BestOfN(Sampler):
     def run(self, ctx: Context) -> Run:
         """x ~ p_T; x_u ~ p(x_u | x_t); score what comes out."""
         assert self.n is not None
-        x, kernel = ctx.noise(self.n), self.kernel()
+        x, kernel, lead = ctx.noise(self.n), self.kernel(), self.lead(ctx)
         ratio = torch.zeros(self.n, dtype=torch.float64)
         for i, (t, u) in enumerate(ctx.grid.steps()):
-            if self.guide is None:
+            if lead is None:
                 prediction = yield Denoise(x, t)
                 x = ctx.move(x, prediction, t, u, kernel, step=i)
             else:
-                x, more = yield from self._guided(ctx, x, t, u, i)
+                guide, scale = lead
+                step = guide.step(ctx, x, t, u, i, kernel, scale, weighed=self.weighed)
+                x, more = yield from step
                 ratio = ratio + more.to(ratio.device)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
         images, reward = yield from self._score(x)
@@ -131,14 +108,6 @@ class BestOfN(Sampler):
             log_z=log_z,
             slots=chosen,
         )
-
-    def _guided(self, ctx: Context, x: Tensor, t: Time, u: Time, i: int) -> Run:
-        """(x_u, log base density - log density of the guided step)."""
-        assert self.guide is not None
-        assert self.reward_scale is not None  # fit() has set it
-        weighed, scale = self.weighed, self.reward_scale
-        step = self.guide.step(ctx, x, t, u, i, self.kernel(), scale, weighed=weighed)
-        return (yield from step)  # type: ignore[return-value]
 
     def _score(self, x: Tensor) -> Run:
         """Rewards of all samples and the pictures that can still be chosen."""

@@ -99,6 +99,7 @@ class Evo(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Authors' README and scripts, of 50 steps: SD 2.1 at 0, 20, 30, 40; FLUX.1-dev at 5, 20,
         # 30, 40; Wan at 5, 20, 30, 45. Their costs are 100, 29.3 and 20 trajectories.
@@ -172,8 +173,12 @@ class Evo(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         sizes, starts = self.sizes(), [0, *self.nodes(plan.grid)]
-        nfe = sum(n * sum(plan.costs[s:]) for n, s in zip(sizes, starts, strict=True))
-        return Cost(nfe=nfe, decodes=sum(sizes), reward_calls=sum(sizes))
+        rows, calls = (
+            sum(n * sum(each[s:]) for n, s in zip(sizes, starts, strict=True))
+            for each in self.per_step(plan)
+        )
+        judged = sum(sizes) + calls
+        return Cost(nfe=rows, decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> Evo:
         if self.n_particles is not None:
@@ -231,8 +236,10 @@ class Evo(Sampler):
                 passed[node] = (x, prediction)
 
         stream = f"generation/{g}" if g else "proposal"
-        kernel = self.kernel()
-        return (yield from walk(ctx, x, kernel, start=start, stream=stream, visit=visit))
+        kernel, lead = self.kernel(), self.lead(ctx)
+        return (
+            yield from walk(ctx, x, kernel, start=start, stream=stream, visit=visit, lead=lead)
+        )
 
     def _children(self, ctx: Context, parents: Archive, node: int, size: int, g: int) -> Tensor:
         """Generation g at its node, [size, *event]: elites as they are, then mutated winners."""

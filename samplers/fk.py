@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +41,6 @@ from steering.samplers.base import (
     tilt,
 )
 from steering.samplers.fk_authors import run_authors
-from steering.samplers.guides import Guide, as_guide, check_weighed
-from steering.samplers.twists import require_gaussian
 
 Potential = Callable[[Tensor], Tensor]
 """rho [m, n] at the m checkpoints so far -> cumulative log potential [n]."""
@@ -86,8 +84,6 @@ class FK(Sampler):
         n_draws: look-ahead samples per particle; their potential is log mean exp(rho).
         mode: "exact", or "authors" for the behaviour of the published code (its weights are
             dropped when ESS is high and its last correction is of an estimate).
-        guidance: a `Guide`, its options or the name of its preset: proposals lean towards reward
-            by its gradient, and the weights take the ratio of the densities in.
     """
 
     n_particles: int | None = None
@@ -102,7 +98,6 @@ class FK(Sampler):
     lookahead: int = 0
     n_draws: int = 1
     mode: Literal["exact", "authors"] = "exact"
-    guidance: Guide | str | dict[str, Any] | None = None
     eta: float = 1.0
 
     name: ClassVar[str] = "fk"
@@ -112,6 +107,7 @@ class FK(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Authors' scripts for SD and SDXL: 4 particles, 100 DDIM steps, checkpoints 20, 40, ...
         # 80 of 100, lambda 10. Their potential is max; ours is exact with any.
@@ -122,7 +118,6 @@ class FK(Sampler):
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance", as_guide(self.guidance))
         super().__post_init__()
         if self.n_particles is not None and self.n_particles < 1:
             raise OptionError(f"fk: n_particles must be at least 1, got {self.n_particles}.")
@@ -145,20 +140,14 @@ class FK(Sampler):
         # An instance is as honest as its options.
         target = "tilted" if self.mode == "exact" else "heuristic"
         object.__setattr__(self, "target", target)
-        if self.guide is not None:
-            check_weighed("fk", self.guide, self.kernel())
-            if self.mode == "authors":
-                raise OptionError("fk: mode='authors' knows no guidance.")
-            object.__setattr__(self, "needs_gradient", self.guide.differentiates)
+        if self.guide is not None and self.mode == "authors":
+            raise OptionError("fk: mode='authors' knows no guidance; use mode='exact'.")
 
     @property
-    def guide(self) -> Guide | None:
-        """``guidance`` as ``__post_init__`` read it."""
-        return self.guidance  # type: ignore[return-value]
+    def weighed(self) -> bool:
+        return True
 
     def levels(self, model: Model) -> Grid:
-        if self.guide is not None:
-            require_gaussian("fk with guidance", model)
         if self.n_draws > 1 and self.lookahead == 0 and getattr(model, "pipe", None) is not None:
             raise OptionError(
                 f"fk: n_draws={self.n_draws} draws x0 from its posterior, of which the network of "
@@ -195,7 +184,7 @@ class FK(Sampler):
             return Cost(nfe=n * plan.trajectory, decodes=scored, reward_calls=scored)
         if self.potential == "none":
             steps = []
-        _, guided = self.guide.extra(plan, weighed=True) if self.guide else (0, 0)
+        guided = sum(self.per_step(plan)[1])
         scored = n * (self.n_draws * len(steps) + guided + 1)
         ahead = sum(sum(self._ahead_costs(plan, i)) for i in steps)
         nfe = n * plan.trajectory + n * self.n_draws * ahead
@@ -220,27 +209,15 @@ class FK(Sampler):
         state, kernel, grid = State.start(ctx.noise(self.n_particles)), self.kernel(), ctx.grid
         checkpoints, history = self.checkpoint_steps(grid), torch.zeros(0, len(state)).double()
         for i, (t, u) in enumerate(grid.steps()):
-            state = yield from self._ask(ctx, state, t, i)
+            state = yield from self.ask(ctx, state, t, i)
             if i in checkpoints and self.potential != "none":
                 rho = yield from self._rho(ctx, state, i)
                 history = torch.cat([history, rho[None]])
                 state = state.set_potential(self._factor(grid, i) * self._potential(history))
                 state, history = yield from self._resample(ctx, state, history, i)
-            assert state.prediction is not None
-            if self.guide is None:
-                x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
-                state = replace(state, x=x, prediction=None)
-            else:
-                state = self.guide.advance(ctx, state, t, u, i, kernel)
+            state = self.advance(ctx, state, t, u, i, kernel)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
         return (yield from deliver(ctx, state, self.reward_scale))
-
-    def _ask(self, ctx: Context, state: State, t: Time, i: int) -> Run:
-        """The state with the network's answer and, where steps are guided, its gradient."""
-        if self.guide is not None:
-            assert self.reward_scale is not None  # fit() has set it
-            return (yield from self.guide.attach(ctx, state, t, i, self.reward_scale))  # type: ignore[return-value]
-        return replace(state, prediction=(yield Denoise(state.x, t)))  # type: ignore[return-value]
 
     def _factor(self, grid: Grid, i: int) -> float:
         """What the potential of step i counts; only one-step estimates are in doubt."""

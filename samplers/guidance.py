@@ -39,6 +39,7 @@ class Guidance(Guide, Sampler):
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, object]]] = GUIDES
+    unguided: ClassVar[str | None] = "it is guidance itself. Set rho, mu and the rest on it."
 
     def __post_init__(self) -> None:
         Guide.__post_init__(self)
@@ -53,11 +54,9 @@ class Guidance(Guide, Sampler):
         return super().levels(model)
 
     def cost(self, plan: Plan) -> Cost:
-        n = self.n_particles or 1
-        nfe, calls = self.extra(plan)
-        return Cost(
-            nfe=n * (plan.trajectory + nfe), decodes=n * (calls + 1), reward_calls=n * (calls + 1)
-        )
+        n, (rows, calls) = self.n_particles or 1, self.charges(plan)
+        judged = n * (1 + sum(calls))
+        return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> Guidance:
         return fit_population(self, plan, 1)

@@ -16,15 +16,15 @@ others, which weigh by the ratio of the base density to the guided one where the
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError, unknown_name
+from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Plan, coerce
 from steering.particles import State
@@ -73,6 +73,10 @@ GUIDES: dict[str, dict[str, object]] = {
 }
 
 
+Visit = Callable[[int, Tensor, Prediction], None]
+"""Told (node, x, prediction) wherever the network was asked."""
+
+
 @dataclass(frozen=True, eq=False)
 class Guided:
     """What guidance found at x_t, [n, *event] each; nothing carries a graph."""
@@ -80,6 +84,27 @@ class Guided:
     prediction: Prediction
     pull: Tensor
     lean: Tensor
+
+
+class Rows(NamedTuple):
+    """Whose rows of states these are: what their random numbers and prompts are named by.
+
+    Attributes:
+        slots: of each row; None for 0 .. n - 1.
+        stream: of the noise of their steps.
+        cond: another prompt than the run's own.
+    """
+
+    slots: Sequence[int] | None = None
+    stream: str = "proposal"
+    cond: int | None = None
+
+    def name(self, what: str) -> str:
+        """The stream of further noise."""
+        return what if self.stream == "proposal" else f"{what}/{self.stream}"
+
+
+_OWN = Rows()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +177,15 @@ class Guide:
         last = len(grid) - 1 if weighed else len(grid)
         return range(grid.nearest(self.start), min(grid.nearest(self.stop), last))
 
-    def extra(self, plan: Plan, *, weighed: bool = False) -> tuple[int, int]:
-        """(network rows, decodes and reward calls) of one sample beyond those without guidance."""
+    def charges(
+        self, plan: Plan, *, weighed: bool = False
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(network rows, decodes and reward calls) that each step of one sample asks for."""
         steps = self.guided_steps(plan.grid, weighed=weighed)
         calls = self.n_draws * ((self.rho > 0.0) + self.n_iter * (self.mu > 0.0))
-        nfe = (self.recurrence - 1) * sum(plan.costs[i] for i in steps)
-        return nfe, calls * self.recurrence * len(steps)
+        rows = [c * (self.recurrence if i in steps else 1) for i, c in enumerate(plan.costs)]
+        each = [calls * self.recurrence if i in steps else 0 for i in range(len(rows))]
+        return tuple(rows), tuple(each)
 
     # --- single trajectories ---
 
@@ -172,21 +200,39 @@ class Guide:
         reward_scale: float,
         *,
         weighed: bool = False,
+        rows: Rows = _OWN,
+        prediction: Prediction | None = None,
+        visit: Visit | None = None,
     ) -> Generator[Request, Any, tuple[Tensor, Tensor]]:
-        """(x_u, log base density - log density of the real proposal [n])."""
-        if i not in self.guided_steps(ctx.grid, weighed=weighed):
-            prediction = yield Denoise(x, t)
-            return draw(ctx, kernel(x, prediction, t, u, ctx.model.path), None, i)
+        """(x_u, log base density - log density of the real proposal [n]).
+
+        Args:
+            weighed: the ratio is needed, so the last step is not guided.
+            prediction: at x, where it is paid for; the gradient through the network asks again.
+            visit: sees what the network is asked about at x.
+        """
+        guided, stream = i in self.guided_steps(ctx.grid, weighed=weighed), rows.stream
+        if not guided:
+            if prediction is None:
+                prediction = yield Denoise(x, t, cond=rows.cond)
+            if visit is not None:
+                visit(i, x, prediction)
+            base = kernel(x, prediction, t, u, ctx.model.path)
+            return draw(ctx, base, None, i, stream, rows.slots)
         for turn in range(self.recurrence):
-            seen = yield from self.look(ctx, x, t, i, reward_scale, turn)
+            seen = yield from self.look(ctx, x, t, i, reward_scale, turn, rows, prediction)
+            if visit is not None and turn == 0:
+                visit(i, x, seen.prediction)
             base = kernel(x, seen.prediction, t, u, ctx.model.path)
             shift = self.shift(ctx, x, seen, base, t, u, i, kernel)
-            stream = f"proposal/{turn}" if turn else "proposal"
-            y, ratio = draw(ctx, base, shift, i, stream)
+            y, ratio = draw(
+                ctx, base, shift, i, f"{stream}/{turn}" if turn else stream, rows.slots
+            )
             if turn + 1 == self.recurrence:
                 return y, ratio
-            z = ctx.key(f"travel/{turn}", i).normal(len(y), y.shape[1:], device=str(y.device))
-            x = renoise(y, u, t, z)
+            key, slots = ctx.key(rows.name(f"travel/{turn}"), i), rows.slots or len(y)
+            x = renoise(y, u, t, key.normal(slots, y.shape[1:], device=str(y.device)))
+            prediction = None
         raise AssertionError("recurrence is at least 1")
 
     # --- populations ---
@@ -194,10 +240,16 @@ class Guide:
     def attach(
         self, ctx: Context, state: State, t: Time, i: int, reward_scale: float
     ) -> Generator[Request, Any, State]:
-        """The state with its prediction and guidance, which a gather moves with the particles."""
+        """The state with its prediction and guidance, which a gather moves with the particles.
+
+        What the state already has is not asked for again.
+        """
         if i not in self.guided_steps(ctx.grid, weighed=True):
-            return replace(state, prediction=(yield Denoise(state.x, t)))
-        seen = yield from self.look(ctx, state.x, t, i, reward_scale)
+            known = state.prediction or (yield Denoise(state.x, t))
+            return replace(state, prediction=known)
+        if "pull" in state.memory:
+            return state
+        seen = yield from self.look(ctx, state.x, t, i, reward_scale, prediction=state.prediction)
         memory = {**state.memory, "pull": seen.pull, "lean": seen.lean}
         return replace(state, prediction=seen.prediction, memory=memory)
 
@@ -205,26 +257,33 @@ class Guide:
         self, ctx: Context, state: State, t: Time, u: Time, i: int, kernel: Transition
     ) -> State:
         """The state after a guided step, the ratio of the densities in its weights."""
-        base, shift = base_step(ctx, state, t, u, kernel), None
-        if "pull" in state.memory:
-            assert state.prediction is not None
-            seen = Guided(state.prediction, state.memory["pull"], state.memory["lean"])
-            shift = self.shift(ctx, state.x, seen, base, t, u, i, kernel)
+        base = base_step(ctx, state, t, u, kernel)
+        shift = self.shift(ctx, state.x, found(state), base, t, u, i, kernel)
         return propose(ctx, state, base, shift, i)
 
     # --- the algorithm ---
 
     def look(
-        self, ctx: Context, x: Tensor, t: Time, i: int, reward_scale: float, turn: int = 0
+        self,
+        ctx: Context,
+        x: Tensor,
+        t: Time,
+        i: int,
+        reward_scale: float,
+        turn: int = 0,
+        rows: Rows = _OWN,
+        prediction: Prediction | None = None,
     ) -> Generator[Request, Any, Guided]:
         """Prediction, pull and lean at x [n, *event]."""
         size, parts = self.micro_batch or len(x), []
+        key, slots = ctx.key(rows.name(f"smooth/{turn}"), i), rows.slots or range(len(x))
         for first in range(0, len(x), size):
-            key = ctx.key(f"smooth/{turn}", i).at(slot=first)
-            rows = x[first : first + size]
-            noise = self._noise(key.normal(len(rows), (self.n_draws, *x.shape[1:])), t)
+            part = slice(first, first + size)
+            noise = self._noise(key.normal(slots[part], (self.n_draws, *x.shape[1:])), t)
             xi = None if noise is None else noise.transpose(0, 1).to(x)
-            parts.append((yield from self._look(rows, t, xi, i, ctx.grid, reward_scale)))
+            known = None if prediction is None else prediction.rows(part)
+            found = self._look(x[part], t, xi, i, ctx.grid, reward_scale, known, rows.cond)
+            parts.append((yield from found))
         return Guided(
             Prediction.cat([p.prediction for p in parts]),
             torch.cat([p.pull for p in parts]),
@@ -232,12 +291,21 @@ class Guide:
         )
 
     def _look(
-        self, x: Tensor, t: Time, xi: Tensor | None, i: int, grid: Grid, reward_scale: float
+        self,
+        x: Tensor,
+        t: Time,
+        xi: Tensor | None,
+        i: int,
+        grid: Grid,
+        reward_scale: float,
+        known: Prediction | None = None,
+        cond: int | None = None,
     ) -> Generator[Request, Any, Guided]:
         if self.rho > 0.0:
-            prediction, pull = yield from self._pull(x, t, xi, reward_scale)
+            prediction, pull = yield from self._pull(x, t, xi, reward_scale, cond)
         else:
-            prediction, pull = (yield Denoise(x, t)), torch.zeros_like(x)
+            prediction = known or (yield Denoise(x, t, cond=cond))
+            pull = torch.zeros_like(x)
         y, strength = prediction.x0, self.mu * self.weight(grid, i)
         for _ in range(self.n_iter if self.mu > 0.0 else 0):
             y = y + strength * (yield from self._slope(y, xi, reward_scale))
@@ -246,11 +314,11 @@ class Guide:
     # What carries a graph is local to these two, so that it is freed before the next call.
 
     def _pull(
-        self, x: Tensor, t: Time, xi: Tensor | None, reward_scale: float
+        self, x: Tensor, t: Time, xi: Tensor | None, reward_scale: float, cond: int | None
     ) -> Generator[Request, Any, tuple[Prediction, Tensor]]:
         """(prediction, gradient of f~ by x_t through the network)."""
         leaf = x.detach().clone().requires_grad_()
-        prediction = yield Denoise(leaf, t, grad=True, checkpoint=self.checkpoint)
+        prediction = yield Denoise(leaf, t, grad=True, checkpoint=self.checkpoint, cond=cond)
         f = yield from self._smoothed(prediction.x0, xi, reward_scale)
         slope = yield Gradient(f, leaf)
         # By a state c times as large a slope is c times as small.
@@ -338,43 +406,7 @@ class Guide:
         return mean - base.mean
 
 
-def as_guide(value: Guide | str | Mapping[str, Any] | None) -> Guide | None:
-    """A guide from the name of a preset, from options (with "preset" among them), or itself.
-
-    Raises:
-        OptionError: an unknown name or option.
-    """
-    if value is None or type(value) is Guide:
-        return value
-    if isinstance(value, str):
-        if value.lower() in ("none", ""):  # words of the command line
-            return None
-        value = {"preset": value}
-    if not isinstance(value, Mapping):
-        raise OptionError(
-            f"guidance must be a preset's name, options or a samplers.Guide, got {value!r}. A "
-            "Guidance is a method: its own sampler would be ignored here."
-        )
-    options = dict(value)
-    preset = options.pop("preset", None)
-    if preset is not None and preset not in GUIDES:
-        raise unknown_name("guidance", preset, GUIDES)
-    known = [f.name for f in fields(Guide)]
-    for option in options:
-        if option not in known:
-            raise unknown_name("option of guidance", option, known)
-    return Guide(**{**GUIDES.get(preset or "", {}), **options})  # type: ignore[arg-type]
-
-
-def check_weighed(name: str, guide: Guide, kernel: Transition) -> None:
-    """Raises where guided steps have no density that weights could be corrected by."""
-    if not kernel.stochastic:
-        raise OptionError(
-            f"{name} weighs guided steps by their density, and eta=0 makes them deterministic. "
-            "Set eta > 0 (for flow models too: the eta-kernel keeps their marginals)."
-        )
-    if guide.recurrence > 1:
-        raise OptionError(
-            f"{name} weighs guided steps by their density, and a repeated step has none in closed "
-            "form. Set recurrence=1 in its guidance."
-        )
+def found(state: State) -> Guided:
+    """What guidance found at the states of a population."""
+    assert state.prediction is not None
+    return Guided(state.prediction, state.memory["pull"], state.memory["lean"])

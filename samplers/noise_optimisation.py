@@ -93,6 +93,10 @@ class NoiseOptimisation(Sampler):
     name: ClassVar[str]
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = True
+    unguided: ClassVar[str | None] = (
+        "it differentiates the walk by its noise, and guided steps would need second derivatives. "
+        "Use method='guidance', or evo or random_search with guidance."
+    )
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
 

@@ -49,6 +49,7 @@ class RandomSearch(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Public code for FLUX.1-dev: pools of 2^j seeds, j = 1 .. 4.
         "flux": {"rounds": 4, "pool": 2, "growth": 2},
@@ -78,8 +79,9 @@ class RandomSearch(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         """At most, where ``reward_max`` may stop it."""
-        n = sum(self.sizes())
-        return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
+        n, (rows, calls) = sum(self.sizes()), self.per_step(plan)
+        judged = n * (1 + sum(calls))
+        return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> RandomSearch:
         if self.n is None and self.rounds is None:
@@ -95,7 +97,8 @@ class RandomSearch(Sampler):
         for j, size in enumerate(sizes):
             key = ctx.key("init").at(slot=done)
             x = ctx.model.noise(size, key, cond=ctx.cond)
-            x = yield from walk(ctx, x, kernel, slots=range(done, done + size))
+            slots = range(done, done + size)
+            x = yield from walk(ctx, x, kernel, slots=slots, lead=self.lead(ctx))
             rewards, best = yield from judge(x, best, done)
             done += size
             info = {"round": j, "rewards": rewards, "best": best.reward}

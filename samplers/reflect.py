@@ -73,6 +73,7 @@ class Reflect(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = True
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +84,9 @@ class Reflect(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         """At most: a right picture ends the run."""
-        n = self.n * (self.rounds or 1)
-        return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
+        n, (rows, calls) = self.n * (self.rounds or 1), self.per_step(plan)
+        judged = n * (1 + sum(calls))
+        return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> Reflect:
         if self.rounds is not None:
@@ -127,7 +129,9 @@ class Reflect(Sampler):
         """The samples of one round under the present prompt."""
         stream = "" if k == 0 else f"/{k}"
         x = ctx.noise(self.n, stream=f"init{stream}")
-        x = yield from walk(ctx, x, self.kernel(), stream=f"proposal{stream}", cond=cond)
+        x = yield from walk(
+            ctx, x, self.kernel(), stream=f"proposal{stream}", cond=cond, lead=self.lead(ctx)
+        )
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)
         outcome = Outcome(

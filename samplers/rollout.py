@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from steering.errors import OptionError
 from steering.method import Context, as_float64
 from steering.paths import Prediction
 from steering.requests import Decode, Denoise, Outcome, Request, Score
+from steering.samplers.guided import Lead
+from steering.samplers.guides import Rows, Visit
 from steering.transitions import Transition
 
 _CHUNK = 16
@@ -21,9 +23,6 @@ _CHUNK = 16
 
 _SHARED = 8.0
 """Standard errors beyond which two starting states share more than chance."""
-
-Visit = Callable[[int, Tensor, Prediction], None]
-"""Told (node, x, prediction) wherever a walk asks the network."""
 
 
 def walk(
@@ -38,6 +37,7 @@ def walk(
     prediction: Prediction | None = None,
     visit: Visit | None = None,
     cond: int | None = None,
+    lead: Lead | None = None,
 ) -> Generator[Request, Any, Tensor]:
     """States x [n, *event] at node ``start`` moved to node ``stop`` (the end by default).
 
@@ -46,10 +46,20 @@ def walk(
         prediction: at x, where it is already paid for.
         visit: sees every state on the way that the network was asked about.
         cond: another prompt than the run's own.
+        lead: guides the steps; no weights are kept.
     """
     stop = len(ctx.grid) if stop is None else stop
+    guided = lead.guide.guided_steps(ctx.grid) if lead is not None else ()
+    rows = Rows(slots, stream, cond)
     for i in range(start, stop):
         t, u = ctx.grid.times[i], ctx.grid.times[i + 1]
+        if lead is not None and i in guided:
+            guide, scale = lead
+            x, _ = yield from guide.step(
+                ctx, x, t, u, i, kernel, scale, rows=rows, prediction=prediction, visit=visit
+            )
+            prediction = None
+            continue
         if prediction is None:
             prediction = yield Denoise(x, t, cond=cond)
         assert prediction is not None

@@ -16,7 +16,7 @@ network rows, S[a:b] being the rows of steps a .. b - 1, and N M decodes and rew
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,6 +66,7 @@ class SearchOverPaths(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # As a baseline of Kim et al. (2025), arXiv 2503.19385, on a thousand VP levels: seed at
         # 120 of 1000, 780 forward, 810 backward, which makes four rounds.
@@ -104,13 +105,16 @@ class SearchOverPaths(Sampler):
             node = stop
 
     def cost(self, plan: Plan) -> Cost:
-        n, rows = self.n_particles or 1, plan.costs
-        rounds = list(self.rounds(plan.grid))
-        nfe = sum(rows[: rounds[0].start]) if rounds else plan.trajectory
-        for _, via, stop in rounds:
-            nfe += self.n_neighbours * sum(rows[via : stop + 1])
-        judged = n * max(1, self.n_neighbours * len(rounds))
-        return Cost(nfe=n * nfe, decodes=judged, reward_calls=judged)
+        n, m, rounds = self.n_particles or 1, self.n_neighbours, list(self.rounds(plan.grid))
+        first = rounds[0].start if rounds else len(plan.grid)
+
+        def walked(each: Sequence[int]) -> int:
+            return n * (sum(each[:first]) + m * sum(sum(each[v:j]) for _, v, j in rounds))
+
+        rows, calls = self.per_step(plan)
+        asked = n * m * sum(sum(plan.costs[j : j + 1]) for _, _, j in rounds)
+        judged = n * max(1, m * len(rounds)) + walked(calls)
+        return Cost(nfe=walked(rows) + asked, decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> SearchOverPaths:
         if self.n_particles is None:
@@ -122,14 +126,17 @@ class SearchOverPaths(Sampler):
 
     def run(self, ctx: Context) -> Run:
         assert self.n_particles is not None
-        rounds, kernel = list(self.rounds(ctx.grid)), self.kernel()
+        rounds, kernel, lead = list(self.rounds(ctx.grid)), self.kernel(), self.lead(ctx)
         x, end = ctx.noise(self.n_particles), len(ctx.grid)
         if rounds:
             require_continuous(self.name, x, "re-noising")
-        x = yield from walk(ctx, x, kernel, stop=rounds[0].start if rounds else end)
+        first = rounds[0].start if rounds else end
+        x = yield from walk(ctx, x, kernel, stop=first, lead=lead)
         for r, (start, via, stop) in enumerate(rounds):
             x = self._back(ctx, x, start, via, r)
-            x = yield from walk(ctx, x, kernel, start=via, stop=stop, stream=f"round/{r}")
+            x = yield from walk(
+                ctx, x, kernel, start=via, stop=stop, stream=f"round/{r}", lead=lead
+            )
             if stop < end:
                 x = yield from self._select(ctx, x, stop, r)
         rewards, best = yield from judge(x, None)

@@ -78,6 +78,10 @@ class Twisted(Sampler):
     needs_gradient: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = (
+        "it leans by its own twist, and a second gradient would be one too many. Set twist_scale "
+        "and clip_norm, or use fk with guidance."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

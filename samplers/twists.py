@@ -12,7 +12,7 @@ like this, no two large sums are subtracted.)
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -141,7 +141,12 @@ def propose(ctx: Context, state: State, base: Step, shift: Tensor | None, step: 
 
 
 def draw(
-    ctx: Context, base: Step, shift: Tensor | None, step: int, stream: str = "proposal"
+    ctx: Context,
+    base: Step,
+    shift: Tensor | None,
+    step: int,
+    stream: str = "proposal",
+    slots: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x_u from the base step moved by ``shift``, log p - log q [n] float64).
 
@@ -152,7 +157,8 @@ def draw(
     nothing = torch.zeros(len(like), dtype=torch.float64)
     if not base.random:
         return shifted.mean, nothing
-    z = ctx.key(stream, step).normal(len(like), like.shape[1:], device=str(like.device))
+    slots = range(len(like)) if slots is None else slots
+    z = ctx.key(stream, step).normal(slots, like.shape[1:], device=str(like.device))
     return shifted.sample(z), nothing if shift is None else log_ratio(z, shift, base.std)
 
 

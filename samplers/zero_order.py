@@ -58,6 +58,7 @@ class ZeroOrder(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Public code for FLUX.1-dev: 4 rounds of 4 neighbours, a new pivot after a failure. It
         # makes the pivot again in every round; ours costs 4 samples less.
@@ -75,8 +76,9 @@ class ZeroOrder(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         """At most, where ``reward_max`` may stop it."""
-        n = 1 + (self.rounds or 1) * self.n_neighbours
-        return Cost(nfe=n * plan.trajectory, decodes=n, reward_calls=n)
+        n, (rows, calls) = 1 + (self.rounds or 1) * self.n_neighbours, self.per_step(plan)
+        judged = n * (1 + sum(calls))
+        return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> ZeroOrder:
         if self.rounds is None and self.n_neighbours > 0:
@@ -120,7 +122,7 @@ class ZeroOrder(Sampler):
     ) -> Generator[Request, Any, tuple[Tensor, Winner]]:
         """Samples from these noises, judged; all rows share slot 0's noise on the way."""
         slots = [0] * len(noises)
-        x = yield from walk(ctx, noises, self.kernel(), slots=slots)
+        x = yield from walk(ctx, noises, self.kernel(), slots=slots, lead=self.lead(ctx))
         return (yield from judge(x, best, first))
 
     def _neighbours(self, ctx: Context, pivot: Tensor, r: int, n: int) -> Tensor:

@@ -1,0 +1,60 @@
+"""How other methods take guidance: what their option ``guidance`` may be, and who leads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from steering.errors import OptionError, unknown_name
+from steering.samplers.guides import GUIDES, Guide
+from steering.transitions import Transition
+
+
+class Lead(NamedTuple):
+    """A guide and the scale of the reward that it differentiates."""
+
+    guide: Guide
+    reward_scale: float
+
+
+def as_guide(value: Guide | str | Mapping[str, Any] | None) -> Guide | None:
+    """A guide from the name of a preset, from options (with "preset" among them), or itself.
+
+    Raises:
+        OptionError: an unknown name or option.
+    """
+    if value is None or type(value) is Guide:
+        return value
+    if isinstance(value, str):
+        if value.lower() in ("none", ""):  # words of the command line
+            return None
+        value = {"preset": value}
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f"guidance must be a preset's name, options or a samplers.Guide, got {value!r}. A "
+            "Guidance is a method: its own sampler would be ignored here."
+        )
+    options = dict(value)
+    preset = options.pop("preset", None)
+    if preset is not None and preset not in GUIDES:
+        raise unknown_name("guidance", preset, GUIDES)
+    known = [f.name for f in fields(Guide)]
+    for option in options:
+        if option not in known:
+            raise unknown_name("option of guidance", option, known)
+    return Guide(**{**GUIDES.get(preset or "", {}), **options})  # type: ignore[arg-type]
+
+
+def check_weighed(name: str, guide: Guide, kernel: Transition) -> None:
+    """Raises where guided steps have no density that weights could be corrected by."""
+    if not kernel.stochastic:
+        raise OptionError(
+            f"{name} asks for the density of guided steps, and eta=0 makes them deterministic. "
+            "Set eta > 0 (for flow models too: the eta-kernel keeps their marginals)."
+        )
+    if guide.recurrence > 1:
+        raise OptionError(
+            f"{name} asks for the density of guided steps, and a repeated step has none in closed "
+            "form. Set recurrence=1 in its guidance, or use best_of_n."
+        )
