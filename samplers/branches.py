@@ -84,6 +84,7 @@ class Branches(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +123,11 @@ class Branches(Sampler):
                 "eta-kernel keeps their marginals), or use best_of_n."
             )
 
+    @property
+    def weighed(self) -> bool:
+        """True of "argmax" too, so that both rules guide the same steps."""
+        return True
+
     def cut(self, grid: Grid) -> list[Segment]:
         """The segments of a walk; the last step adds no noise, so no branching starts there."""
         raise NotImplementedError
@@ -142,15 +148,23 @@ class Branches(Sampler):
         return ctx.noise(n)
 
     def cost(self, plan: Plan) -> Cost:
-        """Every node's network rows are those of the paths that arrive there."""
+        """Every node's network rows are those of the paths that arrive there.
+
+        Where a segment is guided from a judged node, the gradient asks the survivor again.
+        """
         n, m, length = self.n_particles or 1, self.n_branches, len(plan.grid)
-        segments = self.segments(plan.grid)
-        rows = plan.costs[segments[0].start] * self.fan()
-        judged = 0
+        segments, calls = self.segments(plan.grid), self.per_step(plan)[1]
+        again = self.guide is not None and self.guide.rho > 0.0
+        first = segments[0].start
+        rows, judged = plan.costs[first] * self.fan(), calls[first] * (self.fan() - 1)
+        known = False
         for start, stop, branched in segments:
             paths = m if branched else 1
             rows += paths * sum(plan.costs[start + 1 : min(stop, length - 1) + 1])
+            rows += plan.costs[start] if known and again and calls[start] else 0
+            judged += calls[start] + paths * sum(calls[start + 1 : stop])
             judged += paths if branched or stop == length else 0
+            known = branched
         return Cost(nfe=n * rows, decodes=n * judged, reward_calls=n * judged)
 
     def fit(self, plan: Plan) -> Branches:
@@ -161,9 +175,9 @@ class Branches(Sampler):
         n, end = self.n_particles, len(ctx.grid)
         state = State.start(self.first(ctx, n * self.fan()))
         for segment in self.segments(ctx.grid):
-            if state.prediction is None:  # before copies are made: they share the answer
-                prediction = yield Denoise(state.x, ctx.grid.times[segment.start])
-                state = replace(state, prediction=prediction)
+            # Before copies are made: they share the answer.
+            start = segment.start
+            state = yield from self.ask(ctx, state, ctx.grid.times[start], start)
             state = _spread(state, n * self.n_branches if segment.branched else n)
             state = yield from self._walk(ctx, state, segment)
             if segment.branched or segment.stop == end:
@@ -190,11 +204,8 @@ class Branches(Sampler):
         kernel = self.kernel()
         for i in range(segment.start, segment.stop):
             t, u = ctx.grid.times[i], ctx.grid.times[i + 1]
-            prediction = state.prediction
-            if prediction is None:
-                prediction = yield Denoise(state.x, t)
-            x = ctx.move(state.x, prediction, t, u, kernel, step=i)
-            state = replace(state, x=x, prediction=None)
+            state = yield from self.ask(ctx, state, t, i)
+            state = self.advance(ctx, state, t, u, i, kernel)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
         return state
 

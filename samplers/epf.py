@@ -82,6 +82,7 @@ class EPF(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # The published code: residual weights dropped, resampling at every checkpoint.
         "authors": {"correct": False, "anneal": "ess", "resample": "always"},
@@ -109,13 +110,18 @@ class EPF(Sampler):
         target = "tilted" if self.correct else "heuristic"
         object.__setattr__(self, "target", target)
 
+    @property
+    def weighed(self) -> bool:
+        return True
+
     def cost(self, plan: Plan) -> Cost:
         n, steps = self.n_particles or 1, checkpoint_steps(plan.grid, self.checkpoints)
         nfe, scored = plan.trajectory, len(steps)
         if self.lookahead == "apf":
             nfe += sum(plan.costs[j] for j in _successors(steps, len(plan.grid)))
             scored *= 2
-        return Cost(nfe=n * nfe, decodes=n * (scored + 1), reward_calls=n * (scored + 1))
+        judged = n * (scored + sum(self.per_step(plan)[1]) + 1)
+        return Cost(nfe=n * nfe, decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> EPF:
         return fit_population(self, plan, 8)
@@ -126,16 +132,15 @@ class EPF(Sampler):
         steps = checkpoint_steps(grid, self.checkpoints)
         after = dict(zip(steps, _successors(steps, len(grid)), strict=True))
         for i, (t, u) in enumerate(grid.steps()):
-            prediction = yield Denoise(state.x, t)
-            state = replace(state, prediction=prediction)
+            state = yield from self.ask(ctx, state, t, i)
             if i in after:
+                assert state.prediction is not None
+                prediction = state.prediction
                 rho = yield from preview(ctx, prediction.x0, self.reward_scale, i)
                 state = state.set_potential(rho)
                 ahead = yield from self._ahead(ctx, state, i, after[i])
                 state = yield from self._resample(ctx, state, ahead, i)
-            assert state.prediction is not None
-            x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)
-            state = replace(state, x=x, prediction=None)
+            state = self.advance(ctx, state, t, u, i, kernel)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
         outcome = yield from deliver(ctx, state, self.reward_scale)
         return outcome if self.correct else replace(outcome, log_z=None)
