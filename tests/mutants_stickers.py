@@ -71,6 +71,20 @@ MUTANTS = (
         (TESTS + "test_swapped_captions_name_the_other_scene",),
     ),
     Mutant(
+        "stickers-all-negatives-hard",
+        "steering/stickers/train/clip.py",
+        "for caption in told if rng.random() < HARD",
+        "for caption in told",
+        ("tests/test_stickers_train.py::test_hard_negatives_are_few_and_swapped",),
+    ),
+    Mutant(
+        "stickers-negative-of-no-image-is-asked",
+        "steering/stickers/train/clip.py",
+        "F.cross_entropy(logits, same / same.sum(-1, keepdim=True))",
+        "F.cross_entropy(logits[:, :n], same[:, :n] / same[:, :n].sum(-1, keepdim=True))",
+        ("tests/test_stickers_train.py::test_a_hard_negative_is_a_wrong_answer_for_images_only",),
+    ),
+    Mutant(
         "stickers-source-name",
         "steering/loading.py",
         "                return shipped",

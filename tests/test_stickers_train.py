@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from steering.stickers import CLASSES, StickerWorld
+from steering.stickers.train.clip import contrastive, hard_negatives, swap
 from steering.stickers.train.detector import build, targets
 from steering.stickers.train.flow import LABELS, MergedZeros, label_map
 from steering.stickers.train.loop import Loop, Recipe, seeded_init
@@ -112,3 +114,23 @@ def test_label_maps_cover_each_object_once() -> None:
         cell = (SIZE / 4) ** 2
         area = cover[:, : len(CLASSES)].sum() * cell
         assert area == pytest.approx(len(scene.objects) * SPRITE**2, rel=0.02)
+
+
+def test_a_hard_negative_is_a_wrong_answer_for_images_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(n, 8, generator=generator), dim=-1) for n in (4, 5))
+    scale, ids = torch.tensor(7.0), torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6], [7, 8]])
+    logits = 7 * image @ text.T
+    # Images 0 and 2 share their caption, which stands in both columns; column 4 has no image.
+    p, q = logits.log_softmax(1), logits[:, :4].log_softmax(0)
+    of_image = -(p[0, [0, 2]].mean() + p[1, 1] + p[2, [0, 2]].mean() + p[3, 3]) / 4
+    of_text = -(q[[0, 2], 0].mean() + q[1, 1] + q[[0, 2], 2].mean() + q[3, 3]) / 4
+    torch.testing.assert_close(contrastive(image, text, scale, ids), (of_image + of_text) / 2)
+
+
+def test_hard_negatives_are_few_and_swapped() -> None:
+    scenes, rng = [StickerWorld().sample(k) for k in range(600)], np.random.default_rng(0)
+    told = [s.prompt for s in scenes if s.metadata["tag"] in ("color_attr", "position")]
+    found = hard_negatives(scenes, rng)
+    assert 0.1 < len(found) / len(told) < 0.4  # HARD = 0.25; 5 standard errors of 200 draws
+    assert {swap(caption) for caption in found} <= set(told)

@@ -10,10 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-WIDTH, HEIGHT, MARGIN = 300, 200, 44
-INK, LINE, FAINT = (40, 40, 40), (30, 90, 180), (190, 205, 230)
 SMOOTH = 3  # log lines in the running mean
 
 
@@ -35,24 +32,20 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[ends] - total[starts]) / (ends - starts)
 
 
-def panel(title: str, minutes: np.ndarray, values: np.ndarray) -> Image.Image:
-    """One curve with its ends written on the axes; the few highest values are cut off."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(image)
-    low, high = float(values.min()), float(np.quantile(values, 0.97))
-    span = max(high - low, 1e-9)
-    x = MARGIN + (WIDTH - 1.5 * MARGIN) * minutes / minutes.max()
-    frame = (MARGIN, 24, WIDTH - MARGIN // 2, HEIGHT - 28)
-    for curve, ink, wide in ((values, FAINT, 1), (smooth(values), LINE, 2)):
-        y = frame[3] - (frame[3] - frame[1]) * np.clip((curve - low) / span, 0.0, 1.0)
-        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), fill=ink, width=wide)
-    pen.rectangle(frame, outline=INK)
-    pen.text((MARGIN, 8), title, fill=INK)
-    pen.text((4, frame[1]), f"{high:.3f}", fill=INK)
-    pen.text((4, frame[3] - 12), f"{low:.3f}", fill=INK)
-    pen.text((MARGIN, frame[3] + 6), "0", fill=INK)
-    pen.text((frame[2] - 40, frame[3] + 6), f"{minutes.max():.0f} min", fill=INK)
-    return image
+def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], out: Path) -> None:
+    """One panel a curve; the few highest values are cut off."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(curves), 2.2), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (title, (minutes, values)) in zip(axes, curves.items(), strict=True):
+        axis.plot(minutes, values, color="tab:blue", alpha=0.3)
+        axis.plot(minutes, smooth(values), color="tab:blue")
+        axis.set_ylim(values.min(), np.quantile(values, 0.97))
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("minutes", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.savefig(out, dpi=90)
 
 
 def main() -> None:
@@ -61,15 +54,12 @@ def main() -> None:
     parser.add_argument("logs", nargs="+", help="TITLE=LOG:COLUMN")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    panels = []
+    curves = {}
     for item in args.logs:
         title, _, rest = item.partition("=")
         log, _, column = rest.rpartition(":")
-        panels.append(panel(title, *read(Path(log), column)))
-    sheet = Image.new("RGB", (WIDTH * len(panels), HEIGHT), "white")
-    for k, one in enumerate(panels):
-        sheet.paste(one, (WIDTH * k, 0))
-    sheet.save(args.out, optimize=True)
+        curves[title] = read(Path(log), column)
+    draw(curves, args.out)
 
 
 if __name__ == "__main__":
