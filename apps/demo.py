@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steering.apps.demo_api import add_endpoints, session_of
 from steering.apps.demo_order import Offer
@@ -18,6 +20,22 @@ from steering.apps.demo_steer import steer_tab
 
 log = logging.getLogger("steering.demo")
 TITLE = "Diffusion steering"
+
+
+class Refusals:
+    """A log line for every request that the web server itself refuses, such as a large upload."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                what = (scope["method"], scope["path"][:200], message["status"])
+                log.info("refused: %s %r with status %d", *what)
+            await send(message)
+
+        await self.app(scope, receive, watched)
 
 
 def build(host: Host) -> gr.Blocks:
@@ -71,6 +89,7 @@ def launch(
         theme=theme(),
         footer_links=["api"],
         allowed_paths=[str(host.root / "sessions")],
+        app_kwargs={"middleware": [Middleware(Refusals)]},
     )
     if wait:
         page.block_thread()

@@ -188,9 +188,11 @@ def check_upload(path: object, limits: Limits) -> Path:
             if wide * high > limits.upload_pixels:
                 raise OptionError(f"{file.name} has {wide} x {high} pixels, which is too many.")
             image.load()
+    except OptionError:
+        raise
+    except Image.DecompressionBombError:
+        raise OptionError(f"{file.name} has more pixels than are taken.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        if isinstance(error, OptionError):
-            raise
         raise OptionError(
             f"{file.name} is no picture: it holds no readable {', '.join(_FORMATS)} data."
         ) from error

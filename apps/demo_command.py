@@ -33,7 +33,17 @@ def demo(
         typer.Option(help="Whether people may name other folders and hub ids."),
     ] = None,
     max_nfe: Annotated[int, typer.Option("--max-nfe", min=1, help="Of one run.")] = 4000,
-    max_seconds: Annotated[float, typer.Option("--max-seconds", help="Of one run.")] = 600.0,
+    max_seconds: Annotated[
+        float, typer.Option("--max-seconds", min=0.1, help="Of one run.")
+    ] = 600.0,
+    max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Of one run.")] = 100,
+    max_side: Annotated[int, typer.Option("--max-side", min=8, help="Of a picture.")] = 1024,
+    max_particles: Annotated[
+        int, typer.Option("--max-particles", min=1, help="Of one run.")
+    ] = 256,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="Runs in the queue, of all people.")
+    ] = 64,
     dtype: Annotated[str, typer.Option("--dtype")] = "auto",
     device: Annotated[str | None, typer.Option("--device")] = None,
 ) -> None:
@@ -50,7 +60,14 @@ def demo(
         models=models,
         any_model=local if any_model is None else any_model,
         rewards=tuple(reward or ()),
-        limits=Limits(nfe=max_nfe, seconds=max_seconds),
+        limits=Limits(
+            nfe=max_nfe,
+            seconds=max_seconds,
+            steps=max_steps,
+            side=max_side,
+            particles=max_particles,
+            waiting=max_waiting,
+        ),
     )
     people = None if login is None else read_logins(login)
     serve(offer, host=host, port=port, share=share, people=people, dtype=dtype, device=device)

@@ -46,7 +46,9 @@ CSS = """
 figure { margin: 6px 0; }
 button.primary { background: #1d4ed8 !important; color: #ffffff !important; }
 .or { color: #52525b !important; }
-#recipe .value { color: inherit !important; }
+.st-recipe { max-height: 320px; overflow: auto; font-size: 13px; }
+/* a button in a button, with a label that is never translated; Clear and choose again instead */
+#pictures .icon-button:has(button) { display: none; }
 .dark .or { color: #d4d4d8 !important; }
 .info-text, footer a, footer button, footer { color: #52525b !important; }
 .dark .info-text, .dark footer a, .dark footer button { color: #d4d4d8 !important; }
@@ -143,22 +145,23 @@ def replay_tab(host: Host) -> None:
                 interactive=True,
             )
             start = gr.Button("Run it again", variant="primary", elem_id="again")
-            recipe_view = gr.JSON(label="Recipe", elem_id="recipe", open=False)
+            shown = gr.HTML(elem_id="recipe")
+            carried = gr.JSON(visible=False)
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(elem_id="replay-status")
             result = gr.HTML(elem_id="replay-result")
             report = gr.JSON(visible=False)
 
-    async def show(path: str | None) -> tuple[Any, str]:
+    async def show(path: str | None) -> tuple[Any, str, str]:
         if path is None:
-            return None, ""
+            return None, "", ""
         try:
             _, recipe, _ = actions.replay_order(path, host.offer)
         except Exception as error:
-            return None, views.message(refusal(error), wrong=True)
-        return actions.unlike_files(recipe.to_json()), views.message(
-            "This picture carries its recipe."
-        )
+            return None, "", views.message(refusal(error), wrong=True)
+        words = views.message("This picture carries its recipe.")
+        data = recipe.to_json()
+        return actions.unlike_files(data), views.recipe(data), words
 
     async def run(request: gr.Request, path: str | None) -> AsyncIterator[tuple[Any, ...]]:
         try:
@@ -182,7 +185,7 @@ def replay_tab(host: Host) -> None:
         done = {**actions.summary(ticket), "identical": same, "words": words}
         yield views.message(words, wrong=not same), views.columns(pair), done
 
-    file.change(show, file, [recipe_view, status], api_name="recipe", show_progress="hidden")
+    file.change(show, file, [carried, shown, status], api_name="recipe", show_progress="hidden")
     start.click(
         run,
         file,

@@ -24,6 +24,7 @@ class Ticket:
         state: "waiting", "running", "finished", "stopped" or "failed".
         company: how many other runs shared the engine with it.
         pictures: of each result that are written.
+        left: its session is over, so nothing is made of it any more.
         results: summaries with the files written, best picture first, one per prompt.
     """
 
@@ -36,6 +37,7 @@ class Ticket:
     pictures: int = 8
     state: str = "waiting"
     error: str = ""
+    left: bool = False
     company: int = 0
     created: float = field(default_factory=time.time)
     started: float = 0.0

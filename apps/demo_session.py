@@ -136,6 +136,8 @@ class Host:
 
     def leave(self, session: str) -> None:
         """The session is over: its runs stop, its files go."""
+        for ticket in self.tickets(session):
+            ticket.left = True
         self.cancel(session)
         with self._wake:
             self._tickets.pop(session, None)
@@ -242,19 +244,29 @@ class Host:
             return
         assert ticket.order is not None
         try:
-            for result in lane.results(ticket.order, ticket.tasks):
+            for result in [] if ticket.left else lane.results(ticket.order, ticket.tasks):
                 if result is not None:
                     ticket.results.append(self._write(ticket, result))
         except Exception as error:
             self._fail(ticket, error)
             return
+        if ticket.left:  # closed while they were being written: nobody can fetch them
+            shutil.rmtree(ticket.folder, ignore_errors=True)
         self._measure(ticket)
         errors = [t.error for t in ticket.tasks if t.error is not None]
         if errors:
             self._fail(ticket, errors[0])
+        elif any(t.cancelled for t in ticket.tasks):
+            self._end(ticket, "stopped", self._why(ticket))
         else:
-            stopped = any(t.cancelled for t in ticket.tasks)
-            self._end(ticket, "stopped" if stopped else "finished")
+            self._end(ticket, "finished")
+
+    def _why(self, ticket: Ticket) -> str:
+        """What the person is told of a run that did not come to its end."""
+        kept = "this is the best so far" if ticket.results else "there was no picture yet"
+        if ticket.cancel.is_set() or self._closing:
+            return kept
+        return f"the limit of {self.offer.limits.seconds:g} s was reached; {kept}"
 
     def _write(self, ticket: Ticket, result: Result) -> Outcome:
         ticket.folder.mkdir(parents=True, exist_ok=True)

@@ -358,7 +358,7 @@ async def _finish(
         shown.python: actions.as_python(outcome.recipe),
         shown.command: actions.as_command(outcome.recipe),
     }
-    if not beside or ticket.state != "finished":
+    if not beside or ticket.left or ticket.state != "finished":
         return
     done, snap = views.status(ticket, ticket.live.snapshot(), 0), ticket.live.snapshot()
     wait = views.message("Now best-of-N and the unsteered picture for the same cost.")
@@ -371,8 +371,9 @@ async def _finish(
     async for _ in actions.follow(host, other):
         pass
     if not other.results or other.state != "finished":
-        words = other.error or "The comparison was stopped."
-        yield {shown.status: done + views.message(words, wrong=other.state == "failed")}
+        failed = other.state == "failed"
+        words = other.error if failed else "The comparison was stopped."
+        yield {shown.status: done + views.message(words, wrong=failed)}
         return
     yield {
         shown.status: done,

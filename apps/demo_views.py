@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def status(ticket: Ticket, shown: dict[str, Any], ahead: int) -> str:
     if ticket.state == "running":
         words = f"Running: {words}" + ("" if left is None else f", about {left:.0f} s left")
     elif ticket.state == "stopped":
-        words = f"Stopped: {ticket.error or 'this is the best so far'} ({words})."
+        words = f"Stopped: {ticket.error} ({words})."
     else:
         words = f"Finished: {words}."
     bar = (
@@ -153,6 +154,16 @@ def facts(outcome: Outcome, k: int = 0) -> list[tuple[str, str]]:
 def file_bytes(path: Path) -> bytes | None:
     """A written picture, None where it is gone (the session has ended)."""
     return path.read_bytes() if path.is_file() else None
+
+
+def recipe(data: Mapping[str, Any]) -> str:
+    """A recipe as text that can be scrolled by keyboard."""
+    text = html.escape(json.dumps(data, indent=1, ensure_ascii=False))
+    return (
+        "<details open><summary>Recipe</summary>"
+        f'<pre class="st-recipe" tabindex="0" role="region" aria-label="Recipe">{text}</pre>'
+        "</details>"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
