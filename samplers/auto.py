@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import BudgetError, OptionError
+from steering.grids import Grid
 from steering.ledger import Budget
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
@@ -67,6 +68,7 @@ class Auto(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = True
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,12 +87,17 @@ class Auto(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         """At most, where nothing is shared: the pilot is scored twice, all else as ``follow``."""
-        n = self.n or self.pilot
-        more = self._next(replace(plan, budget=Budget()), n - self.pilot, "fk")
-        after = more.cost(plan) if more is not None else Cost(nfe=0, decodes=0, reward_calls=0)
-        scored = 2 * self.pilot + after.reward_calls
-        return Cost(nfe=self.pilot * plan.trajectory + after.nfe, decodes=scored,
-                    reward_calls=scored)  # fmt: skip
+        n, (rows, calls) = (self.n or self.pilot), self.per_step(plan, weighed=False)
+        look, nfe, scored = self._middle(plan.grid), sum(rows), 2 + sum(calls)
+        if self.guide is not None and self.guide.rho > 0.0 and calls[look]:
+            nfe += plan.costs[look]  # the gradient asks again where the estimate was scored
+        unbound = replace(plan, budget=Budget())
+        names = ("fk", "best_of_n") if self.follow == "auto" else (self.follow,)
+        nexts = [self._next(unbound, n - self.pilot, name) for name in names]
+        after = [method.cost(plan) for method in nexts if method is not None]
+        nfe = self.pilot * nfe + max([cost.nfe for cost in after], default=0)
+        scored = self.pilot * scored + max([cost.reward_calls for cost in after], default=0)
+        return Cost(nfe=nfe, decodes=scored, reward_calls=scored)
 
     def fit(self, plan: Plan) -> Auto:
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
@@ -107,6 +114,14 @@ class Auto(Sampler):
             return replace(fitted, n=n)
         within_budget(plan, fitted.cost(plan), f"auto with n={self.n}")
         return fitted
+
+    @property
+    def weighed(self) -> bool:
+        return self.follow != "best_of_n"
+
+    def _middle(self, grid: Grid) -> int:
+        """The step before which the pilot is scored."""
+        return min(grid.nearest(self.preview_at), len(grid) - 1)
 
     # --- the algorithm -----------------------------------------------------------------------
 
@@ -138,14 +153,14 @@ class Auto(Sampler):
 
     def _pilot(self, ctx: Context) -> Generator[Request, Any, tuple[Outcome, float]]:
         """Samples as best-of-N makes them, and how well their estimates ranked them."""
-        kernel, look = self.kernel(), min(ctx.grid.nearest(self.preview_at), len(ctx.grid) - 1)
-        x = yield from walk(ctx, ctx.noise(self.pilot), kernel, stop=look)
+        kernel, look, lead = self.kernel(), self._middle(ctx.grid), self.lead(ctx)
+        x = yield from walk(ctx, ctx.noise(self.pilot), kernel, stop=look, lead=lead)
         prediction = yield Denoise(x, ctx.grid.times[look])
         images = yield Decode(prediction.x0, preview=True)
         scores = yield Score(images, prediction.x0)
         early = as_float64(scores.value)
         yield Progress(step=look, of=len(ctx.grid), preview=images)
-        x = yield from walk(ctx, x, kernel, start=look, prediction=prediction)
+        x = yield from walk(ctx, x, kernel, start=look, prediction=prediction, lead=lead)
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)
         reward = as_float64(scores.value)
@@ -163,14 +178,15 @@ class Auto(Sampler):
         rows = yield Share(spread)
         if rows is None:
             return self.n - self.pilot
-        return int(rows) // ctx.plan.trajectory
+        return int(rows) // sum(self.per_step(ctx.plan)[0])
 
     def _next(self, plan: Plan, n: int, name: str) -> BestOfN | FK | None:
         """The method for n more samples."""
         if n < 1:
             return None
         shared: dict[str, Any] = {
-            name: getattr(self, name) for name in ("eta", "eta_end", "transition", "grid", "steps")
+            name: getattr(self, name)
+            for name in ("eta", "eta_end", "transition", "grid", "steps", "guidance")
         }
         if name == "fk" and self.follow != "best_of_n":
             scale = self.reward_scale

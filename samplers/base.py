@@ -180,11 +180,14 @@ class Sampler:
         plan = where.plan if isinstance(where, Context) else where
         return Lead(self.guide, plan.scale(getattr(self, "reward_scale", None)))
 
-    def per_step(self, plan: Plan) -> tuple[Sequence[int], Sequence[int]]:
+    def per_step(
+        self, plan: Plan, weighed: bool | None = None
+    ) -> tuple[Sequence[int], Sequence[int]]:
         """(network rows, further decodes and reward calls) of one sample at each step."""
         if self.guide is None:
             return plan.costs, (0,) * len(plan.costs)
-        return self.guide.charges(plan, weighed=self.weighed)
+        weighed = self.weighed if weighed is None else weighed
+        return self.guide.charges(plan, weighed=weighed)
 
     def ask(self, ctx: Context, state: State, t: Time, i: int) -> Generator[Request, Any, State]:
         """A population with the network's answer and, where step i is guided, the gradient.

@@ -31,7 +31,6 @@ from steering.particles import State
 from steering.paths import Prediction, Time
 from steering.requests import Decode, Denoise, Gradient, Request, Score
 from steering.samplers.twists import (
-    base_step,
     check_positive,
     clipped,
     detached,
@@ -223,8 +222,7 @@ class Guide:
             seen = yield from self.look(ctx, x, t, i, reward_scale, turn, rows, prediction)
             if visit is not None and turn == 0:
                 visit(i, x, seen.prediction)
-            base = kernel(x, seen.prediction, t, u, ctx.model.path)
-            shift = self.shift(ctx, x, seen, base, t, u, i, kernel)
+            base, shift = self.proposal(ctx, x, seen, t, u, i, kernel)
             y, ratio = draw(
                 ctx, base, shift, i, f"{stream}/{turn}" if turn else stream, rows.slots
             )
@@ -257,8 +255,9 @@ class Guide:
         self, ctx: Context, state: State, t: Time, u: Time, i: int, kernel: Transition
     ) -> State:
         """The state after a guided step, the ratio of the densities in its weights."""
-        base = base_step(ctx, state, t, u, kernel)
-        shift = self.shift(ctx, state.x, found(state), base, t, u, i, kernel)
+        assert state.prediction is not None
+        seen = Guided(state.prediction, state.memory["pull"], state.memory["lean"])
+        base, shift = self.proposal(ctx, state.x, seen, t, u, i, kernel)
         return propose(ctx, state, base, shift, i)
 
     # --- the algorithm ---
@@ -381,6 +380,13 @@ class Guide:
         total = sum(values)  # 0 where one step leads from pure noise to data
         return values[i] * len(values) / total if total else 0.0
 
+    def proposal(
+        self, ctx: Context, x: Tensor, seen: Guided, t: Time, u: Time, i: int, kernel: Transition
+    ) -> tuple[Step, Tensor]:
+        """(base step from x [n, *event], how far guidance moves its mean)."""
+        base = kernel(x, seen.prediction, t, u, ctx.model.path)
+        return base, self.shift(ctx, x, seen, base, t, u, i, kernel)
+
     def shift(
         self,
         ctx: Context,
@@ -404,9 +410,3 @@ class Guide:
             power = t.alpha**2 + t.sigma**2
             mean = mean + (strength * power * u.alpha / t.alpha) * seen.pull
         return mean - base.mean
-
-
-def found(state: State) -> Guided:
-    """What guidance found at the states of a population."""
-    assert state.prediction is not None
-    return Guided(state.prediction, state.memory["pull"], state.memory["lean"])

@@ -10,6 +10,9 @@ both accepted with probability min(1, exp(lambda_k (r' - r))). Neighbours are th
 probability min(1, exp((lambda_j - lambda_i)(r_i - r_j))), which asks the network nothing, so that
 samples found where the reward counts little can climb (Swendsen & Wang 1986; Geyer 1991; for
 language models Puri et al. 2025, arXiv 2502.01618).
+
+Guided tails are drawn from a density q, the same for all chains. The first probability is then
+min(1, exp(lambda_k (r' - r) + s' - s)) with s = log p - log q of a path; the second is the same.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from steering.particles import State
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, check_scale, checkpoint_steps, within_budget
+from steering.samplers.guides import Guide, Rows
 from steering.samplers.pool import Pool
 from steering.samplers.rollout import require_noise
 
@@ -77,6 +81,7 @@ class ParallelTempering(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +124,18 @@ class ParallelTempering(Sampler):
                 f"n_particles={self.n_particles}. Leave n_particles out."
             )
 
+    def _check_guide(self, guide: Guide) -> None:
+        if self.move == "blend":
+            raise OptionError(
+                "parallel_tempering: guided steps of move='blend' would bend the ODE, whose "
+                "density nobody knows. Set move='tail' and eta=1."
+            )
+        super()._check_guide(guide)
+
+    @property
+    def weighed(self) -> bool:
+        return True
+
     # --- what it costs ---
 
     def _starts(self, where: Plan | Context) -> list[int]:
@@ -128,11 +145,11 @@ class ParallelTempering(Sampler):
         return [0, *[i for i in checkpoint_steps(where.grid, self.cuts) if i]]
 
     def cost(self, plan: Plan) -> Cost:
-        n, moves = len(self.shares()), self.iterations or 1
-        prices = [sum(plan.costs[start:]) for start in self._starts(plan)]
-        rounds, rest = divmod(moves, len(prices))
-        nfe = n * (plan.trajectory + rounds * sum(prices) + sum(prices[:rest]))
-        return Cost(nfe=nfe, decodes=n * (moves + 1), reward_calls=n * (moves + 1))
+        n, moves, starts = len(self.shares()), self.iterations or 1, self._starts(plan)
+        begun = [0, *(starts[m % len(starts)] for m in range(moves))]
+        rows, calls = (n * sum(sum(each[a:]) for a in begun) for each in self.per_step(plan))
+        judged = calls + n * len(begun)
+        return Cost(nfe=rows, decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> ParallelTempering:
         n = self.n_particles or (len(self.ladder) if self.ladder else None)
@@ -158,12 +175,13 @@ class ParallelTempering(Sampler):
         n, nfe, calls = self.n_particles or 1, plan.budget.nfe, plan.budget.reward_calls
         if nfe is None and calls is None:
             return max(_ITERATIONS, (self.burn_in or 0) + 1)
-        limit = float("inf") if calls is None else calls // n - 1
-        left = float("inf") if nfe is None else nfe // n - plan.trajectory
+        rows, more = self.per_step(plan)
+        left = float("inf") if nfe is None else nfe // n - sum(rows)
+        asks = float("inf") if calls is None else calls // n - 1 - sum(more)
         moves = 0
         for start in cycle(self._starts(plan)):
-            left -= sum(plan.costs[start:])
-            if left < 0 or moves >= limit:
+            left, asks = left - sum(rows[start:]), asks - 1 - sum(more[start:])
+            if left < 0 or asks < 0:
                 return moves
             moves += 1
         return moves
@@ -195,6 +213,7 @@ class ParallelTempering(Sampler):
             accept = accepted(
                 scales, chains.memory["reward"], proposal.memory["reward"],
                 ctx.key("accept", m).uniform(n),
+                (proposal.memory["ratio"] - chains.memory["ratio"]).sum(1),
             )  # fmt: skip
             chains = _choose(accept, proposal, chains)
             order = torch.arange(n)
@@ -240,14 +259,24 @@ class ParallelTempering(Sampler):
         """From grid node ``start`` to the end; what lies before it is taken from ``chains``."""
         kernel, n, keep = self.kernel(), len(x), self._starts(ctx)
         keep = keep if self.move == "blend" else keep[1:]
-        memory = {} if chains is None else dict(chains.memory)
+        zeros = torch.zeros(n, len(ctx.grid), dtype=torch.float64)
+        memory = {"ratio": zeros} if chains is None else dict(chains.memory)
+        ratio, lead = memory["ratio"].clone(), self.lead(ctx)
         stream = f"proposal/{m}" if m else "proposal"
         for i, (t, u) in enumerate(ctx.grid.steps()):
             if i < start:
                 continue
             if i in keep:
                 memory[f"node/{i}"] = x
-            x = ctx.move(x, (yield Denoise(x, t)), t, u, kernel, step=i, stream=stream)
+            if lead is None:
+                x = ctx.move(x, (yield Denoise(x, t)), t, u, kernel, step=i, stream=stream)
+                continue
+            guide, scale = lead
+            step = guide.step(
+                ctx, x, t, u, i, kernel, scale, weighed=True, rows=Rows(stream=stream)
+            )
+            x, ratio[:, i] = yield from step
+        memory["ratio"] = ratio
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)
         memory["reward"] = as_float64(scores.value)
@@ -255,12 +284,21 @@ class ParallelTempering(Sampler):
         return State.start(x, **memory), images
 
 
-def accepted(scales: Tensor, reward: Tensor, proposed: Tensor, uniform: Tensor) -> Tensor:
-    """Which Metropolis-Hastings proposals are taken, [n] bool: u < exp(scale (r' - r)).
+def accepted(
+    scales: Tensor,
+    reward: Tensor,
+    proposed: Tensor,
+    uniform: Tensor,
+    ratio: Tensor | float = 0.0,
+) -> Tensor:
+    """Which Metropolis-Hastings proposals are taken, [n] bool: u < exp(scale (r' - r) + ratio).
 
-    Between two rewards of -inf, and at scale 0, every proposal is.
+    Between two rewards of -inf, and at scale 0, only the ratio counts.
+
+    Args:
+        ratio: change of log p - log q where proposals were not drawn from the model's own law p.
     """
-    return uniform.log() < (scales * (proposed - reward)).nan_to_num(nan=0.0)
+    return uniform.log() < (scales * (proposed - reward)).nan_to_num(nan=0.0) + ratio
 
 
 def exchanged(scales: Tensor, reward: Tensor, uniform: Tensor, first: int) -> Tensor:

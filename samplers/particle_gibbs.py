@@ -10,7 +10,9 @@ Where the population is resampled after step t -> u begins, the kept path x* get
 
     log probability of particle i = log_w_i - phi_i + log p(x*_u | x_i) + constant
 
-log_w - phi, because the rest of the path ends at the reward of x* whoever its ancestor is.
+log_w - phi, because the rest of the path ends at the reward of x* whoever its ancestor is. Guided
+steps change none of this, p stays the base density; log_w then holds log p - log q of all steps,
+those of the kept path too, whose own proposal density is that of its present past.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from steering.errors import OptionError
 from steering.method import Context, Cost, Plan, as_float64
 from steering.noise import NoiseKey, categorical
 from steering.particles import State, ess, log_mean_exp, normalise, resample
-from steering.paths import Prediction
+from steering.paths import Prediction, Time
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.resampling import multinomial, scheme
@@ -41,7 +43,9 @@ from steering.samplers.base import (
     tilt,
     within_budget,
 )
+from steering.samplers.guides import Guided, Rows
 from steering.samplers.pool import Pool
+from steering.samplers.twists import draw, ratio_at
 
 _SIZE, _SWEEPS = 4, 4
 
@@ -93,6 +97,7 @@ class ParticleGibbs(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,10 +131,14 @@ class ParticleGibbs(Sampler):
                 "(for flow models too: the eta-kernel keeps their marginals)."
             )
 
+    @property
+    def weighed(self) -> bool:
+        return True
+
     def cost(self, plan: Plan) -> Cost:
         n, sweeps = self.n_particles or 1, self.iterations or 1
         particles = n + (sweeps - 1) * (n - 1)
-        scored = particles * (len(self._checkpoints(plan)) + 1)
+        scored = particles * (len(self._checkpoints(plan)) + sum(self.per_step(plan)[1]) + 1)
         return Cost(nfe=particles * plan.trajectory, decodes=scored, reward_calls=scored)
 
     def _checkpoints(self, where: Plan | Context) -> list[int]:
@@ -192,7 +201,9 @@ class ParticleGibbs(Sampler):
         Args:
             reference: the kept path, one row: x is its sample, ``memory`` holds its "reward" and
                 "number" and, for every checkpoint i, "x/i", "prediction/i", "phi/i" and its state
-                after the step, "next/i". It fills slot 0; None for an ordinary population.
+                after the step, "next/i"; of guided steps i "ratio/i", log p - log q, and of
+                checkpoints among them "pull/i" and "lean/i". It fills slot 0; None for an
+                ordinary population.
         """
         assert self.n_particles is not None
         n, kept = self.n_particles, 0 if reference is None else 1
@@ -201,22 +212,19 @@ class ParticleGibbs(Sampler):
             return reference, x  # the kept path alone: nothing can change
         numbers = torch.arange(sweep * n + kept, sweep * n + n)
         state = State.start(_beside(reference, lambda path: path.x, x))
-        checkpoints, kernel = self._checkpoints(ctx), self.kernel()
+        checkpoints, rows = self._checkpoints(ctx), Rows(range(kept, n), _name("proposal", sweep))
         for i, (t, u) in enumerate(ctx.grid.steps()):
-            prediction = yield Denoise(state.x[kept:], t)
+            found = yield from self._look(ctx, state.x[kept:], t, i, rows)
             if i in checkpoints:
                 part = damping(self.damping, ctx.grid, i)
-                phi = yield from preview(ctx, prediction.x0, self.reward_scale, i, part)
-                state = _meet(reference, state, prediction, phi, i)
+                x0 = found["prediction"].x0
+                found["phi"] = yield from preview(ctx, x0, self.reward_scale, i, part)
+                state = _meet(reference, state, found, i)
                 state = yield from self._resample(ctx, reference, state, i, sweep)
-                assert state.prediction is not None
-                prediction = state.prediction.rows(slice(kept, None))
-            moved = ctx.move(
-                state.x[kept:], prediction, t, u, kernel,
-                step=i, slots=range(kept, n), stream=_name("proposal", sweep),
-            )  # fmt: skip
-            state = replace(state, x=torch.cat([state.x[:kept], moved]), prediction=None)
+                found = {name: state.memory[f"{name}/{i}"] for name in found}
+            state = self._advance(ctx, reference, state, found, t, u, i, rows)
             if i in checkpoints:
+                moved = state.x[kept:]
                 after = _beside(reference, lambda path, i=i: path.memory[f"next/{i}"], moved)
                 state = replace(state, memory={**state.memory, f"next/{i}": after})
         images = yield Decode(state.x[kept:])
@@ -227,6 +235,53 @@ class ParticleGibbs(Sampler):
         memory = {**state.memory, "reward": reward, "number": numbers}
         state = replace(state, x=x, memory=memory)
         return state.set_potential(tilt(reward, self.reward_scale)), images
+
+    def _look(
+        self, ctx: Context, x: Tensor, t: Time, i: int, rows: Rows
+    ) -> Generator[Request, Any, dict[str, Any]]:
+        """The network's answer at x [n, *event]; where step i is guided, also pull and lean."""
+        lead = self.lead(ctx)
+        if lead is None or i not in lead.guide.guided_steps(ctx.grid, weighed=True):
+            return {"prediction": (yield Denoise(x, t))}
+        seen = yield from lead.guide.look(ctx, x, t, i, lead.reward_scale, rows=rows)
+        return {"prediction": seen.prediction, "pull": seen.pull, "lean": seen.lean}
+
+    def _advance(
+        self, ctx: Context, reference: State | None, state: State, found: dict[str, Any],
+        t: Time, u: Time, i: int, rows: Rows,
+    ) -> State:  # fmt: skip
+        """Step i of the new particles; a guided one adds log p - log q to all weights.
+
+        Args:
+            found: what ``_look`` found at the new particles; at a checkpoint at all of them.
+        """
+        kept, kernel = 0 if reference is None else 1, self.kernel()
+        met, x = len(found["prediction"].x0) == len(state), state.x[kept:]
+        own = _rows(found, slice(kept, None)) if met else found
+        if self.guide is None or "pull" not in found:
+            moved = ctx.move(
+                x, own["prediction"], t, u, kernel, step=i, slots=rows.slots, stream=rows.stream
+            )
+            return replace(state, x=torch.cat([state.x[:kept], moved]), prediction=None)
+        guide, mark = self.guide, f"ratio/{i}"
+        base, shift = guide.proposal(ctx, x, _seen(own), t, u, i, kernel)
+        shift = shift if base.random else None
+        moved, ratio = draw(ctx, base, shift, i, rows.stream, rows.slots)
+        ratio = ratio.to(state.log_w.device)
+        if reference is not None:
+            of_path = reference.memory[mark]
+            if met:  # its past may be new, and the density of its own step with it
+                past, after = _seen(_rows(found, slice(0, 1))), reference.memory[f"next/{i}"]
+                base, shift = guide.proposal(ctx, state.x[:1], past, t, u, i, kernel)
+                of_path = ratio_at(base, shift, after).to(of_path)
+            ratio = torch.cat([of_path, ratio])
+        return replace(
+            state,
+            x=torch.cat([state.x[:kept], moved]),
+            log_w=state.log_w + ratio,
+            prediction=None,
+            memory={**state.memory, mark: ratio},
+        )
 
     def _resample(
         self, ctx: Context, reference: State | None, state: State, i: int, sweep: int
@@ -281,14 +336,32 @@ def _beside(reference: State | None, read: Any, rows: Any) -> Any:  # noqa: ANN4
     return Prediction.cat(parts) if isinstance(rows, Prediction) else torch.cat(parts)
 
 
-def _meet(
-    reference: State | None, state: State, prediction: Prediction, phi: Tensor, i: int
-) -> State:
-    """The whole population at checkpoint i, with what a path must remember of it."""
+def _rows(found: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {
+        name: value.rows(rows) if isinstance(value, Prediction) else value[rows]
+        for name, value in found.items()
+    }
+
+
+def _seen(found: dict[str, Any]) -> Guided:
+    return Guided(found["prediction"], found["pull"], found["lean"])
+
+
+def _meet(reference: State | None, state: State, found: dict[str, Any], i: int) -> State:
+    """The whole population at checkpoint i, with what a path must remember of it.
+
+    Args:
+        found: of the new particles, their potential "phi" among it.
+    """
     kept = 0 if reference is None else 1
-    x = _beside(reference, lambda path: path.memory[f"x/{i}"], state.x[kept:])
-    prediction = _beside(reference, lambda path: path.memory[f"prediction/{i}"], prediction)
-    phi = _beside(reference, lambda path: path.memory[f"phi/{i}"], phi)
-    marks: dict[str, Any] = {f"x/{i}": x, f"prediction/{i}": prediction, f"phi/{i}": phi}
-    memory = {**state.memory, **marks}
-    return replace(state, x=x, prediction=prediction, memory=memory).set_potential(phi)
+    marks = {
+        f"{name}/{i}": _beside(reference, lambda path, name=name: path.memory[f"{name}/{i}"], rows)
+        for name, rows in {"x": state.x[kept:], **found}.items()
+    }
+    state = replace(
+        state,
+        x=marks[f"x/{i}"],
+        prediction=marks[f"prediction/{i}"],
+        memory={**state.memory, **marks},
+    )
+    return state.set_potential(marks[f"phi/{i}"])

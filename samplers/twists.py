@@ -169,6 +169,16 @@ def log_ratio(z: Tensor, shift: Tensor, std: float | Tensor) -> Tensor:
     return -inner - 0.5 * d.flatten(1).square().sum(1)
 
 
+def ratio_at(base: Step, shift: Tensor, x: Tensor) -> Tensor:
+    """log p - log q of states x [n, *event] that are there already, [n] float64.
+
+    0 where the step adds no noise: it is not shifted then.
+    """
+    if not base.random:
+        return torch.zeros(len(x), dtype=torch.float64)
+    return log_ratio((x - base.mean - shift.to(base.mean)) / base.std, shift, base.std)
+
+
 def require_gaussian(name: str, model: Model) -> None:
     """Raises where the model moves by a law of its own, which cannot be shifted."""
     if hasattr(getattr(model, "transition", None), "propose"):
