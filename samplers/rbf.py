@@ -42,6 +42,7 @@ from steering.transitions import ODE, Transition
 
 PATHS: dict[str, Path | None] = {"vp": VP(), "linear": Linear(), "own": None}
 _LEVELS = 10
+_AHEAD = 8  # proposals of a level whose noise is drawn in one pass
 _DEFAULT = 225  # proposals of a chain: 500 rows for two chains of 25 + 225
 
 
@@ -250,14 +251,15 @@ class RBF(Sampler):
     ) -> Generator[Request, Any, list[list[Stand]]]:
         """Next states of every chain, asked about together."""
         states, nodes, kernel = [], [], self.kernel()
+        ctx.foresee(name for chain in chains for name in chain.noise(_AHEAD))
         for chain in chains:
             m, k, here = chain.size(self.batch), chain.level, chain.stand
             t, u = ctx.grid.times[k], ctx.grid.times[k + 1]
             rows = torch.zeros(m, dtype=torch.long, device=here.x.device)
             slots = range(chain.spent, chain.spent + m)
-            stream, copies = f"chain/{chain.index}", here.prediction.rows(rows)
+            copies = here.prediction.rows(rows)
             moved = ctx.move(
-                here.x[rows], copies, t, u, kernel, step=k, slots=slots, stream=stream
+                here.x[rows], copies, t, u, kernel, step=k, slots=slots, stream=chain.stream
             )
             states.append(moved)
             nodes += [k + 1] * m

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from steering.noise import Name
 from steering.paths import Prediction
 
 
@@ -79,6 +80,16 @@ class Chain:
         if self.level == self.quotas.last and self.quotas.spend_rest:
             return min(batch, self.quotas.total - self.spent)
         return min(batch, self.quota - self.used)
+
+    @property
+    def stream(self) -> str:
+        """The name of its noise."""
+        return f"chain/{self.index}"
+
+    def noise(self, ahead: int) -> list[Name]:
+        """The rows of noise of its next proposals, should it stay at this level."""
+        upto = self.spent + self.size(ahead)
+        return [(self.stream, self.level, slot) for slot in range(self.spent, upto)]
 
     def note(self, stands: Sequence[Stand], best: Stand) -> None:
         """Counts proposals and keeps the first and the best of the level."""

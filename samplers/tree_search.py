@@ -281,6 +281,9 @@ class TreeSearch(Sampler):
         starts = [max(0, tree.place(p)) for p in parents]
         order = sorted(range(len(parents)), key=lambda j: starts[j])
         chains: list[list[Tensor]] = [[] for _ in parents]
+        if kernel.stochastic:  # the last step adds no noise
+            steps = range(len(ctx.grid) - 1)
+            ctx.foresee(("proposal", i, first + j) for i in steps for j in order if starts[j] <= i)
         x, walking = None, 0
         for i, (t, u) in enumerate(ctx.grid.steps()):
             joining = [self._from(ctx, tree, parents[j], first + j) for j in order[walking:]

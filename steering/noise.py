@@ -10,10 +10,11 @@ The second half holds moves in noise space; each says which law it keeps.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,9 +61,7 @@ class NoiseKey:
         if torch.device(device).type == "cpu":
             u = np.empty((slots if isinstance(slots, int) else len(slots), blocks, 4))
             self._fill(u, slots, kind=0)
-            u += 0.5
-            u *= 2.0**-32
-            rows = from_uniform(torch.from_numpy(u), width)
+            rows = _normal(u, width)
         else:
             rows = box_muller(self._words(slots, blocks, device, kind=0), width)
         return rows.reshape(rows.shape[0], *shape)
@@ -87,8 +86,7 @@ class NoiseKey:
         return Stream(self._digest(), rows)
 
     def _digest(self, suffix: str = "") -> int:
-        name = f"{self.seed}/{self.stream}/{self.step}{suffix}".encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+        return _digest(f"{self.seed}/{self.stream}/{self.step}{suffix}")
 
     def _words(self, slots: int | Sequence[int], blocks: int, device: str, *, kind: int) -> Tensor:
         """Philox output as int64 in [0, 2**32): [n, blocks, 4].
@@ -105,13 +103,92 @@ class NoiseKey:
     def _fill(self, out: np.ndarray, slots: int | Sequence[int], *, kind: int) -> None:
         """Philox output into numbers of any type that holds it, [n, blocks, 4]."""
         digest, rows = self.numbers(slots)
-        low, high = [k & _MASK for k in rows], [k >> 32 & _MASK for k in rows]
-        even, odd = (np.empty((2, *out.shape[:2]), np.uint32) for _ in range(2))
-        even[0], even[1] = np.arange(out.shape[1], dtype=np.uint32), kind
-        odd[0] = np.array(low, np.uint32)[:, None]
-        odd[1] = np.array(high, np.uint32)[:, None]
-        _rounds(even, odd, digest & _MASK, digest >> 32)
-        out[..., 0], out[..., 1], out[..., 2], out[..., 3] = even[0], odd[0], even[1], odd[1]
+        _philox_rows(out, rows, digest & _MASK, digest >> 32, kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def normals(keys: Sequence[NoiseKey], shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers under many keys in one pass, a row each: float32 [n, *shape].
+
+    Row i is ``keys[i].normal(1, shape)``, on the CPU. Small draws cost by the call, not by size.
+    """
+    width = math.prod(shape)
+    u = np.empty((len(keys), -(-width // 4), 4))
+    digests = np.array([key._digest() for key in keys], np.uint64)
+    low, high = ((digests >> s & _MASK).astype(np.uint32) for s in (np.uint64(0), np.uint64(32)))
+    _philox_rows(u, [key.slot for key in keys], low, high, kind=0)
+    return _normal(u, width).reshape(len(keys), *shape)
+
+
+Name = tuple[str, int, int]
+"""(stream, step, slot) of one row of noise."""
+
+_AHEAD = 2**16
+"""Most numbers drawn in one pass ahead of their use: more would leave the cache."""
+
+
+class Ahead:
+    """Rows of noise drawn before they are asked for, many in one pass; the numbers are the same.
+
+    A draw of few rows costs more by its calls than by its numbers, the more so between two calls
+    of a network. Nothing is drawn for large states, where a pass of one row is long enough.
+    """
+
+    def __init__(self) -> None:
+        self._coming: dict[Name, None] = {}
+        self._rows: dict[Name, Tensor] = {}
+
+    def expect(self, names: Iterable[Name]) -> None:
+        """Says which rows will be asked for next, in this order; others are dropped."""
+        coming = dict.fromkeys(names)
+        self._rows = {name: row for name, row in self._rows.items() if name in coming}
+        self._coming = {name: None for name in coming if name not in self._rows}
+
+    def normal(self, key: NoiseKey, slots: int | Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The same as ``key.normal(slots, shape)``."""
+        if not (self._rows or self._coming):
+            return key.normal(slots, shape)
+        offsets = range(slots) if isinstance(slots, int) else slots
+        wanted = [(key.stream, key.step, key.slot + k) for k in offsets]
+        if missing := [name for name in wanted if name not in self._rows]:
+            further = [name for name in self._coming if name not in missing]
+            room = _AHEAD // max(1, math.prod(shape)) - len(missing)
+            if not further or room < 1:
+                return key.normal(slots, shape)
+            names = [*missing, *further[:room]]
+            for name in names:
+                self._coming.pop(name, None)
+            drawn = normals([NoiseKey(key.seed, *name) for name in names], shape)
+            self._rows.update(zip(names, drawn, strict=True))
+        return torch.stack([self._rows.pop(name) for name in wanted])
+
+
+def _normal(words: np.ndarray, width: int) -> Tensor:
+    """Normal numbers of Philox output held as float64, which is used up."""
+    words += 0.5
+    words *= 2.0**-32
+    return from_uniform(torch.from_numpy(words), width)
+
+
+def _philox_rows(
+    out: np.ndarray,
+    slots: Sequence[int],
+    k0: int | np.ndarray,
+    k1: int | np.ndarray,
+    kind: int,
+) -> None:
+    """Philox output, a row per slot, into [n, blocks, 4]; one key for all rows or one each."""
+    low, high = [k & _MASK for k in slots], [k >> 32 & _MASK for k in slots]
+    even, odd = (np.empty((2, *out.shape[:2]), np.uint32) for _ in range(2))
+    even[0], even[1] = np.arange(out.shape[1], dtype=np.uint32), kind
+    odd[0] = np.array(low, np.uint32)[:, None]
+    odd[1] = np.array(high, np.uint32)[:, None]
+    _rounds(even, odd, k0, k1)
+    out[..., 0], out[..., 1], out[..., 2], out[..., 3] = even[0], odd[0], even[1], odd[1]
 
 
 def _philox_numpy(
@@ -123,10 +200,11 @@ def _philox_numpy(
     return even[0], odd[0], even[1], odd[1]
 
 
-def _rounds(even: np.ndarray, odd: np.ndarray, k0: int, k1: int) -> None:
+def _rounds(even: np.ndarray, odd: np.ndarray, k0: int | np.ndarray, k1: int | np.ndarray) -> None:
     """Ten rounds in place, on counters (c0, c2) and (c1, c3): [2, ...] uint32 each.
 
-    Small arrays cost by the call, not by size, so the halves of a round share their calls.
+    Small arrays cost by the call, not by size, so the halves of a round share their calls. Keys
+    are numbers, or [n] uint32 for counters [2, n, ...].
     """
     column = (2, *[1] * (even.ndim - 1))
     multipliers = np.array(_MULTIPLIERS, np.uint64).reshape(column)
@@ -134,8 +212,14 @@ def _rounds(even: np.ndarray, odd: np.ndarray, k0: int, k1: int) -> None:
     low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
     halves = product.view(np.uint32).reshape(*even.shape, 2)
     lows, highs = halves[::-1, ..., low], halves[::-1, ..., high]
-    keys = [((k0 + r * _WEYL[0]) & _MASK, (k1 + r * _WEYL[1]) & _MASK) for r in range(10)]
-    for key in np.array(keys, np.uint32).reshape(10, *column):
+    if isinstance(k0, int):
+        keys = [((k0 + r * _WEYL[0]) & _MASK, (k1 + r * _WEYL[1]) & _MASK) for r in range(10)]
+        schedule = np.array(keys, np.uint32).reshape(10, *column)
+    else:
+        steps = np.array([[r * w & _MASK for w in _WEYL] for r in range(10)], np.uint32)
+        rows = (10, 2, len(k0), *[1] * (even.ndim - 2))
+        schedule = (np.stack([k0, k1]) + steps[..., None]).reshape(rows)  # wraps at 2**32
+    for key in schedule:
         np.multiply(even, multipliers, out=product)
         np.bitwise_xor(highs, odd, out=even)
         even ^= key

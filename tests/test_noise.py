@@ -13,12 +13,14 @@ from steering.analytic import GaussianMixture
 from steering.errors import OptionError
 from steering.kernels.philox import philox
 from steering.noise import (
+    Ahead,
     NoiseKey,
     _philox_numpy,
     blend,
     categorical,
     crossover,
     eps_blend,
+    normals,
     sphere_neighbour,
 )
 
@@ -214,3 +216,51 @@ def test_eps_blend_refreshes_noise_and_nearly_keeps_the_level() -> None:
     assert gap(moved) < bound
     assert gap(x + 0.5 * time.sigma * z) > 1.5 * bound
     assert gap(blend(x, z, 0.5)) > 1.5 * bound
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5, 7)])
+def test_many_streams_in_one_pass_give_the_numbers_of_each(shape: tuple[int, ...]) -> None:
+    keys = [KEY, NoiseKey(9, "init", 0, 2**40 + 1), NoiseKey(-1, "proposal", 8, 0), KEY]
+    assert torch.equal(normals(keys, shape), torch.cat([k.normal(1, shape) for k in keys]))
+    assert normals([], shape).shape == (0, *shape)
+
+
+def test_noise_drawn_ahead_is_the_noise_of_its_name() -> None:
+    """Whatever was expected: in order, out of order, other slots, other streams, or twice."""
+    ahead, shape = Ahead(), (2, 5)
+    steps = [KEY.at(step=k, slot=0) for k in range(4)]
+    ahead.expect(("proposal", k, slot) for k in range(4) for slot in (0, 2, 5))
+    asked = [
+        (steps[0], [0, 2]),
+        (steps[2], [5, 0]),
+        (steps[0].at(slot=5), 1),
+        (steps[1], [0, 1, 2]),
+        (steps[2], [5, 0]),
+        (steps[3].at(stream="other"), 2),
+    ]
+    for key, slots in asked:
+        assert torch.equal(ahead.normal(key, slots, shape), key.normal(slots, shape))
+    ahead.expect([("proposal", 9, 9)])
+    assert torch.equal(ahead.normal(steps[1], 3, shape), steps[1].normal(3, shape))
+
+
+def test_what_is_expected_is_drawn_in_one_pass_within_bounds(monkeypatch) -> None:
+    passes: list[int] = []
+
+    def counted(keys, shape):
+        passes.append(len(keys))
+        return normals(keys, shape)
+
+    monkeypatch.setattr("steering.noise.normals", counted)
+    ahead = Ahead()
+    ahead.expect(("proposal", step, slot) for step in range(6) for slot in range(2))
+    for step in range(6):
+        ahead.normal(NoiseKey(0, step=step), 2, (3,))
+    assert passes == [12]
+    ahead.expect(("proposal", step, 0) for step in range(6))
+    for step in range(6):
+        ahead.normal(NoiseKey(0, step=step), 1, (2**14,))
+    assert passes == [12, 4, 2]
+    ahead.expect(("proposal", step, 0) for step in range(6))
+    ahead.normal(NoiseKey(0), 1, (2**17,))
+    assert passes == [12, 4, 2]  # a large state is drawn when it is needed
