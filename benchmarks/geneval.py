@@ -1,7 +1,8 @@
 """GenEval on stickers: the full comparison, its ceiling, kills, throughput, Ray's overhead.
 
 python -m benchmarks.geneval full|ceiling|kills|throughput|ray [--model M] [--nfe N] [--steps T]
-                             [--prompts P] [--images K] [--out DIR] [--set key=value ...]
+                             [--prompts P] [--images K] [--out DIR] [--workers W]
+                             [--set key=value ...]
 
 full        unsteered (all rows in one sample's steps), best-of-N and FK at equal network rows
 ceiling     rendered scenes instead of generated ones: what the judge itself gets wrong
@@ -46,6 +47,7 @@ def command(given, name: str, method: str, steps: int, *more: str) -> list[str]:
         "--out", str(given.out / name), "--model", given.model, "--method", method,
         "--n", str(given.prompts), "--images-per-prompt", str(given.images), "--resume",
         *[word for s in settings for word in ("--set", s)], *more,
+        *(["--engine", "ray", "--workers", str(given.workers)] if given.workers else []),
     ]  # fmt: skip
 
 
@@ -192,6 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=553)
     parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0, help="Ray workers; 0: in this process")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--out", type=Path, default=Path("out/geneval"))
     given = parser.parse_args()
