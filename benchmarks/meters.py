@@ -50,22 +50,29 @@ def clocked(pipe: object, now: Callable[[], float] = time.perf_counter) -> Itera
 
 
 def together_or_apart(
-    steer: Callable[[object], object], texts: list[str], repeats: int
+    pipe: object, steer: Callable[[object], object], texts: list[str], repeats: int
 ) -> dict[str, dict[str, float]]:
     """Seconds of all prompts in one call and of a call for each, in turn, and their ratio.
 
-    The first round warms up and is not counted.
+    "network" is the same ratio for the pipeline's networks alone (forward passes): what wider
+    batches are worth on this machine, whatever steers. One prompt warms up and is not counted.
     """
+    steer(texts[0])
     took: dict[str, list[float]] = {"together": [], "one by one": []}
-    for repeat in range(repeats + 1):
+    inside: dict[str, list[float]] = {"together": [], "one by one": []}
+    for _ in range(repeats):
         for name, jobs in (("one by one", texts), ("together", [texts])):
-            started = time.perf_counter()
-            for job in jobs:
-                steer(job)
-            if repeat:
+            with clocked(pipe) as clock:
+                started = time.perf_counter()
+                for job in jobs:
+                    steer(job)
                 took[name].append(time.perf_counter() - started)
-    pairs = zip(took["one by one"], took["together"], strict=True)
-    return {"ratio": spread([a / b for a, b in pairs]), **{k: spread(v) for k, v in took.items()}}
+            inside[name].append(clock.seconds)
+    ratios, network = (
+        spread([a / b for a, b in zip(v["one by one"], v["together"], strict=True)])
+        for v in (took, inside)
+    )
+    return {"ratio": ratios, "network": network, **{k: spread(v) for k, v in took.items()}}
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -14,7 +14,10 @@ def run(*, prompts: int, nfe: int) -> dict:
     pipe, texts = steering.load("stickers"), sticker_prompts("heldout", n=WIDTH, seed=2)
     method = steering.samplers.BestOfN(n=1)
     found = together_or_apart(
-        lambda text: steering.steer(pipe, text, reward="clip", method=method), texts, REPEATS
+        pipe,
+        lambda text: steering.steer(pipe, text, reward="clip", method=method),
+        texts,
+        REPEATS,
     )
     ratio = found["ratio"]
     rates = ", ".join(
@@ -23,6 +26,7 @@ def run(*, prompts: int, nfe: int) -> dict:
     )
     table = (
         f"{WIDTH} prompts together against one by one (bar: 3x)\n"
-        f"ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}); {rates}"
+        f"ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}), "
+        f"the networks alone {found['network']['median']:.2f}; {rates}"
     )
     return {**found, "prompts": WIDTH, "table": table}
