@@ -37,7 +37,7 @@ from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, within_budget
 from steering.samplers.rbf_chain import Chain, Quotas, Stand
 from steering.samplers.rbf_levels import OnPath, rbf_grid
-from steering.samplers.rollout import judge, top, walk
+from steering.samplers.rollout import judge, walk
 from steering.transitions import ODE, Transition
 
 PATHS: dict[str, Path | None] = {"vp": VP(), "linear": Linear(), "own": None}
@@ -255,12 +255,12 @@ class RBF(Sampler):
         for chain in chains:
             m, k, here = chain.size(self.batch), chain.level, chain.stand
             t, u = ctx.grid.times[k], ctx.grid.times[k + 1]
-            rows = torch.zeros(m, dtype=torch.long, device=here.x.device)
+            x, prediction = here.x, here.prediction
+            if m > 1:
+                rows = torch.zeros(m, dtype=torch.long, device=x.device)
+                x, prediction = x[rows], prediction.rows(rows)
             slots = range(chain.spent, chain.spent + m)
-            copies = here.prediction.rows(rows)
-            moved = ctx.move(
-                here.x[rows], copies, t, u, kernel, step=k, slots=slots, stream=chain.stream
-            )
+            moved = ctx.move(x, prediction, t, u, kernel, step=k, slots=slots, stream=chain.stream)
             states.append(moved)
             nodes += [k + 1] * m
         stands = yield from self._ask(ctx, torch.cat(states), nodes)
@@ -329,4 +329,4 @@ class RBF(Sampler):
 
 def _best(stands: Sequence[Stand]) -> Stand:
     """The highest reward; ties go to the first."""
-    return stands[top(torch.tensor([s.reward for s in stands], dtype=torch.float64))]
+    return max(stands, key=lambda stand: stand.reward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -14,6 +15,7 @@ from steering.scoring import Scores
 from steering.task import Task
 
 _KIND = {Score: "reward", Decode: "decode", Denoise: "denoise"}
+_ROWS = (Denoise, Decode, Score)
 _COUNTER = {Score: "reward_calls", Decode: "decodes", Denoise: "nfe"}
 
 
@@ -25,6 +27,9 @@ class Batch:
         data: all rows, [n, ...], in the order of the requests.
         owner: [n] index of the task each row belongs to.
         order: [n] the order in which rows are evaluated.
+        in_order: whether that is the order of the requests.
+
+    Where ``rows`` are asked for, None means all of them, as they come.
     """
 
     def __init__(self, tasks: list[Task], requests: list[Any]) -> None:
@@ -35,26 +40,32 @@ class Batch:
         self.preview = bool(getattr(requests[0], "preview", False))
         self.counts = [rows_of(r) for r in requests]
         self.data = _one([_data(r) for r in requests])
-        if len(tasks) == 1:
-            self.owner = torch.zeros(self.counts[0], dtype=torch.int64)
-        else:
-            self.owner = torch.arange(len(tasks)).repeat_interleave(torch.tensor(self.counts))
-        self._levels: list[Time] | None = None
-        self.order = torch.arange(len(self.owner))
-        if self.kind is Denoise:
-            self._sort_by_time()
-        self.in_order = self._levels is None
+        self._levels = self._different_levels() if self.kind is Denoise else None
+        self._order: list[int] | None = None
+        if self._levels is not None:
+            nets = [-t.net for t in self._levels]
+            order = sorted(range(len(nets)), key=nets.__getitem__)
+            self._order = None if order == list(range(len(order))) else order
+        self.in_order = self._order is None
 
     def __len__(self) -> int:
-        return len(self.owner)
+        return self.data.shape[0]
 
-    def _sort_by_time(self) -> None:
-        first = times_of(self.requests[0])[0][0]
-        if all(t == first for r in self.requests for t, _ in times_of(r)):
-            return
-        self._levels = [t for r in self.requests for t, m in times_of(r) for _ in range(m)]
-        nets = torch.tensor([t.net for t in self._levels], dtype=torch.float64)
-        self.order = nets.argsort(descending=True, stable=True)
+    @functools.cached_property
+    def owner(self) -> Tensor:
+        return torch.arange(len(self.tasks)).repeat_interleave(torch.tensor(self.counts))
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        return torch.arange(len(self)) if self._order is None else torch.tensor(self._order)
+
+    def _different_levels(self) -> list[Time] | None:
+        """The level of each row; None where all stand at one."""
+        listed = [times_of(r) for r in self.requests]
+        first = listed[0][0][0]
+        if all(t is first or t == first for pairs in listed for t, _ in pairs):
+            return None
+        return [t for pairs in listed for t, m in pairs for _ in range(m)]
 
     def without(self, rows: Tensor, owners: Collection[int]) -> Tensor:
         """The rows that belong to none of the owners."""
@@ -67,33 +78,43 @@ class Batch:
         mine = self.owner[rows]
         return {k: rows[mine == k] for k in mine.unique().tolist()}
 
-    def times(self, rows: Tensor) -> Time | list[Time]:
+    def times(self, rows: Tensor | None) -> Time | list[Time]:
         """The level of the rows: one where they agree."""
         if self._levels is None:
             return times_of(self.requests[0])[0][0]
+        if rows is None:
+            return self._levels
         found = [self._levels[i] for i in rows.tolist()]
         return found[0] if all(t == found[0] for t in found) else found
 
-    def conds(self, rows: Tensor) -> list[int]:
+    def conds(self, rows: Tensor | None) -> list[int]:
         """The prompt index of each row."""
         asked = [
             task.cond if request.cond is None else request.cond
             for task, request in zip(self.tasks, self.requests, strict=True)
         ]
-        return [asked[k] for k in self.owner[rows].tolist()]
+        return self._per_row(asked, rows)
 
-    def prompts(self, rows: Tensor) -> list[str | None]:
+    def prompts(self, rows: Tensor | None) -> list[str | None]:
         """The prompt of each row."""
-        return [self.tasks[k].prompt for k in self.owner[rows].tolist()]
+        return self._per_row([task.prompt for task in self.tasks], rows)
 
-    def charge(self, rows: Tensor, evaluated: int, seconds: float) -> None:
+    def _per_row(self, values: list[Any], rows: Tensor | None) -> list[Any]:
+        """What belongs to the owner of each row."""
+        if rows is None:
+            return [v for v, n in zip(values, self.counts, strict=True) for _ in range(n)]
+        return [values[k] for k in self.owner[rows].tolist()]
+
+    def charge(self, rows: Tensor | None, evaluated: int, seconds: float) -> None:
         """Books a call. Network rows are measured for the call and split as costs expect."""
         if len(self.tasks) == 1:
             ledger = self.tasks[0].ledger
-            spent = evaluated if self.kind is Denoise else len(rows)
+            asked = len(self) if rows is None else len(rows)
+            spent = evaluated if self.kind is Denoise else asked
             ledger.charge(_COUNTER[self.kind], spent, backward=self.grad)
             ledger.charge_seconds(_KIND[self.kind], seconds)
             return
+        rows = self.order if rows is None else rows
         share = torch.bincount(self.owner[rows], minlength=len(self.tasks))
         expected = self._expected(rows, share) if self.kind is Denoise else share.double()
         scale = evaluated / float(expected.sum()) if self.kind is Denoise else 1.0
@@ -118,8 +139,6 @@ class Batch:
         answers: list[Any] = [errors.get(k) for k in range(len(self.tasks))]
         if len(errors) == len(self.tasks):
             return answers
-        if len(self.tasks) == 1 and len(parts) == 1 and self.in_order:
-            return [parts[0][1]]
         whole, rows = _join([answer for _, answer in parts]), _one([r for r, _ in parts])
         back = torch.empty_like(self.order)
         back[rows] = torch.arange(len(rows))
@@ -138,13 +157,13 @@ def rows_of(request: Request) -> int:
     if isinstance(request, Gradient):
         inputs = request.inputs if isinstance(request.inputs, tuple) else (request.inputs,)
         return max((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), default=1)
-    return 0 if not isinstance(request, Denoise | Decode | Score) else len(_data(request))
+    return 0 if not isinstance(request, _ROWS) else _data(request).shape[0]
 
 
 def times_of(request: Denoise) -> list[tuple[Time, int]]:
     """(level, rows at it) pairs in row order."""
     if isinstance(request.t, Time):
-        return [(request.t, len(request.x))]
+        return [(request.t, request.x.shape[0])]
     return [(t, 1) for t in request.t]
 
 

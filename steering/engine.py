@@ -223,11 +223,17 @@ class Engine:
         A chunk that fails in company is repeated task by task to find whose error it is. Rows
         that succeeded are not run, and not charged, a second time.
         """
+        if len(batch.tasks) == 1 and batch.in_order and len(batch) <= self._size(batch):
+            try:
+                return [self._evaluate(batch, None)]
+            except Exception as error:
+                if not self._halved(batch, len(batch), error):
+                    return [error]
         todo, parts = [batch.order], []
         errors: dict[int, Exception] = {}
         while todo:
             rows = batch.without(todo.pop(), errors)
-            size = len(rows) if _whole(batch.tasks[0], batch.kind) else self.limits[batch.kind]
+            size = self._size(batch)
             if len(rows) > size:
                 todo.append(rows[size:])
             rows = rows[:size]
@@ -237,8 +243,7 @@ class Engine:
                 parts.append((rows, self._evaluate(batch, rows)))
             except Exception as error:
                 owners = batch.by_owner(rows)
-                if out_of_memory(error) and len(rows) > 1:
-                    self.limits[batch.kind] = max(1, len(rows) // 2)
+                if self._halved(batch, len(rows), error):
                     todo.append(rows)
                 elif len(owners) > 1:
                     todo += reversed(owners.values())
@@ -246,10 +251,22 @@ class Engine:
                     errors[next(iter(owners))] = error
         return batch.split(parts, errors)
 
-    def _evaluate(self, batch: Batch, rows: Tensor) -> Prediction | Tensor | Scores:
-        """One call over the given rows; charges rows and seconds to their owners."""
+    def _halved(self, batch: Batch, rows: int, error: Exception) -> bool:
+        """Whether a call that failed is worth another attempt with fewer rows."""
+        if not out_of_memory(error) or rows < 2 or _whole(batch.tasks[0], batch.kind):
+            return False
+        self.limits[batch.kind] = rows // 2
+        return True
+
+    def _size(self, batch: Batch) -> int:
+        """Most rows of one call."""
+        return len(batch) if _whole(batch.tasks[0], batch.kind) else self.limits[batch.kind]
+
+    def _evaluate(self, batch: Batch, rows: Tensor | None) -> Prediction | Tensor | Scores:
+        """One call over the given rows (None: all); charges rows and seconds to their owners."""
         started, rows_before = time.perf_counter(), self.model.rows
-        data = batch.data if len(rows) == len(batch) and batch.in_order else batch.data[rows]
+        whole = rows is None or (len(rows) == len(batch) and batch.in_order)
+        data = batch.data if whole else batch.data[rows]
         answer: Any
         if batch.kind is not Score:
             answer = self._ask(batch, data, rows)
@@ -265,7 +282,7 @@ class Engine:
         batch.charge(rows, self.model.rows - rows_before, seconds)
         return answer
 
-    def _ask(self, batch: Batch, data: Tensor, rows: Tensor) -> Prediction | Tensor:
+    def _ask(self, batch: Batch, data: Tensor, rows: Tensor | None) -> Prediction | Tensor:
         """Asks the model; a checkpointed call keeps its input only and runs again backwards."""
         small = getattr(self.model, "decode_preview", None) if batch.preview else None
         call: Callable[[Tensor], Any] = functools.partial(

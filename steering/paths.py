@@ -13,6 +13,7 @@ With D = alpha' sigma - alpha sigma' (negative on every noising path):
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -273,7 +274,8 @@ class Prediction:
 
     def rows(self, index: Tensor | slice) -> Self:
         """The prediction of some rows."""
-        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        kind = type(self)
+        return kind(**{name: getattr(self, name)[index] for name in _names(kind)})
 
     def score(self, t: Times) -> Tensor:
         """Gradient of log p_t at x_t, [n, *event]; singular at sigma = 0."""
@@ -289,8 +291,13 @@ class Prediction:
         """Joins predictions along the batch."""
         if len(parts) == 1:
             return parts[0]
-        names = [f.name for f in fields(parts[0])]
-        return type(parts[0])(**{k: torch.cat([getattr(p, k) for p in parts]) for k in names})
+        kind = type(parts[0])
+        return kind(**{k: torch.cat([getattr(p, k) for p in parts]) for k in _names(kind)})
+
+
+@functools.cache
+def _names(kind: type[Prediction]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
 
 
 Times = Time | Sequence[Time]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -94,10 +95,14 @@ class Task:
 
     def cost(self, t: Time) -> int:
         """Network rows that one sample at this level is expected to need."""
-        for node, cost in zip(self.plan.grid.times, self.plan.costs, strict=False):
-            if node.net == t.net:
-                return cost
-        return max(self.plan.costs)
+        known, most = self._costs
+        return known.get(t.net, most)
+
+    @functools.cached_property
+    def _costs(self) -> tuple[dict[float, int], int]:
+        """Costs by what the network is told, and the largest."""
+        steps = list(zip(self.plan.grid.times, self.plan.costs, strict=False))
+        return {node.net: cost for node, cost in reversed(steps)}, max(self.plan.costs)
 
 
 def share_out(ended: Sequence[Task], asking: Sequence[Task], needs: Sequence[float]) -> list[Any]:

@@ -64,15 +64,15 @@ MUTANTS = (
     Mutant(
         "prompts of a batch mixed for the reward",
         "steering/batch.py",
-        "[self.tasks[k].prompt for",
-        "[self.tasks[0].prompt for",
+        "[task.prompt for task in self.tasks]",
+        "[self.tasks[0].prompt for task in self.tasks]",
         ("tests/test_fk.py::test_prompts_run_together_as_they_run_alone[64]",),
     ),
     Mutant(
         "prompts of a batch mixed for the network",
         "steering/batch.py",
-        "return [asked[k] for",
-        "return [asked[0] for",
+        "return self._per_row(asked, rows)",
+        "return self._per_row(asked[:1] * len(asked), rows)",
         ("tests/test_engine.py::test_tasks_meet_in_full_batches",),
     ),
     Mutant(

@@ -54,7 +54,7 @@ class Shortcut:
     @staticmethod
     def leave(out: Tensor) -> Tensor:
         """The pictures of what the autoencoder returned."""
-        return (out * 0.5 + 0.5).clamp(0, 1)
+        return (out * 0.5).add_(0.5).clamp_(0, 1)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

@@ -195,7 +195,8 @@ class Frame:
 
     def _scheduler(self) -> Any:
         scheduler = copy.copy(self.script.scheduler)
-        real_set, signature = scheduler.set_timesteps, inspect.signature(scheduler.step)
+        real_set, (set_signature, signature) = scheduler.set_timesteps, self.script.signatures
+        place = {name: k for k, name in enumerate(signature.parameters)}
 
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
             real_set(*args, **kwargs)
@@ -206,15 +207,18 @@ class Frame:
             scheduler.timesteps = scheduler.timesteps.as_subclass(DrivenTimesteps)
 
         def step(*args: Any, **kwargs: Any) -> StepOutput:
-            given = signature.bind(*args, **kwargs).arguments
-            return self._answer(given["model_output"], given["sample"])
+            output, sample = (
+                kwargs[name] if name in kwargs else args[place[name]]
+                for name in ("model_output", "sample")
+            )
+            return self._answer(output, sample)
 
         def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.query is None or self.script.schedule is None:
                 return sample
             return self.script.schedule.scale_input(sample, self.query.times)
 
-        set_timesteps.__signature__ = inspect.signature(real_set)  # type: ignore[attr-defined]
+        set_timesteps.__signature__ = set_signature  # type: ignore[attr-defined]
         step.__signature__ = signature  # type: ignore[attr-defined]
         scheduler.set_timesteps, scheduler.step = set_timesteps, step
         if hasattr(scheduler, "scale_model_input"):

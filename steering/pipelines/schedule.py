@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -164,10 +164,13 @@ class Schedule:
     grid: Grid
     walked: Tensor
     scheduler: Any
+    _turns: dict[float, int] = field(default_factory=dict)
 
     def index(self, net: float) -> int:
         """The turn of the loop whose timestep is nearest: what a pipeline's ``i`` means."""
-        return int((self.walked.double() - net).abs().argmin())
+        if net not in self._turns:
+            self._turns[net] = int((self.walked.double() - net).abs().argmin())
+        return self._turns[net]
 
     def scale_input(self, x: Tensor, times: Sequence[Time]) -> Tensor:
         """What scheduler.scale_model_input gives at these levels, without its hidden step."""

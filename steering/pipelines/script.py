@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,12 @@ class Script:
         self.pipe, self.arguments, self.name = pipe, arguments, name
         self.call = inverted(type(pipe).__call__)
         self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.device = torch.device(getattr(pipe, "_execution_device", pipe.device))
+        #: of set_timesteps and step, which every frame needs
+        self.signatures = tuple(
+            inspect.signature(f) for f in (self.scheduler.set_timesteps, self.scheduler.step)
+        )
+        found = getattr(pipe, "_execution_device", None)  # looks through every module
+        self.device = torch.device(pipe.device if found is None else found)
         self.pipe_class = _on_device(type(pipe), self.device)
         narrow = getattr(pipe, "dtype", torch.float32) in (torch.float16, torch.bfloat16)
         can_encode = hasattr(pipe, "encode_prompt")
@@ -106,9 +112,9 @@ class Script:
         """A question about rows x at one level, or at one level each."""
         schedule = self.schedule
         assert schedule is not None
+        like, first = schedule.walked, times[0]
         nets = [time.net for time in times]
-        like = schedule.walked
-        if len(set(nets)) == 1 and len({time.sigma for time in times}) == 1:
+        if all(t is first or (t.net == first.net and t.sigma == first.sigma) for t in times):
             times, nets = times[:1], nets[:1]
             net = torch.tensor(nets[0], dtype=like.dtype, device=self._time_device)
         else:

@@ -234,28 +234,31 @@ class WrappedPipeline:
                 f"{self.name} is closed, so its network calls would not be counted; wrap the "
                 "pipeline again."
             )
-        n = len(x)
+        n = x.shape[0]
         times = [t] * n if isinstance(t, Time) else list(t)
         conds = [cond] * n if isinstance(cond, int) else [int(c) for c in cond]
         self._check_rows(x, times, conds)
         x = (x if grad else x.detach()).to(self.device)
         order: list[int] = []
         outs = []
-        for rows in self._split(times, conds):
-            query = self._script.query(_take(x, rows), [times[r] for r in rows])
-            with self._meter.on(), frozen(self.pipe, grad):
+        with self._meter.on(), frozen(self.pipe, grad):
+            for rows in self._split(times, conds):
+                query = self._script.query(_take(x, rows), [times[r] for r in rows])
                 outs.append(self._script.ask(tuple(conds[r] for r in rows), query, grad))
-            order += rows
+                order += rows
         return _restore(outs, order)
 
     def _split(self, times: Sequence[Time], conds: Sequence[int]) -> list[list[int]]:
         """Rows by noise level (unless they may mix), ordered by prompt, then by max_batch."""
+        first = times[0]
+        same = all(t is first or (t.net == first.net and t.sigma == first.sigma) for t in times)
         groups: dict[object, list[int]] = {}
-        several = len({(t.net, t.sigma) for t in times}) > 1
-        together = not several or self.mixed_times
-        for row, time in enumerate(times):
-            groups.setdefault(None if together else (time.net, time.sigma), []).append(row)
-        size = self.max_batch or max(1, len(times))
+        if same or self.mixed_times:
+            groups[None] = list(range(len(times)))
+        else:
+            for row, time in enumerate(times):
+                groups.setdefault((time.net, time.sigma), []).append(row)
+        size = self.max_batch or len(times)
         out = []
         for rows in groups.values():
             rows.sort(key=lambda r: conds[r])  # few make-ups: parked frames are used again
@@ -263,21 +266,22 @@ class WrappedPipeline:
         return out
 
     def _check_rows(self, x: Tensor, times: Sequence[Time], conds: Sequence[int]) -> None:
-        if tuple(x.shape[1:]) != self.event_shape or len(x) == 0:
+        n = x.shape[0]
+        if tuple(x.shape[1:]) != self.event_shape or n == 0:
             raise OptionError(
                 f"{self.name}: states must be [n, {', '.join(map(str, self.event_shape))}] with "
                 f"n > 0, got {list(x.shape)}."
             )
-        if len(times) != len(x) or len(conds) != len(x):
+        if len(times) != n or len(conds) != n:
             raise OptionError(
-                f"{self.name}: {len(x)} states came with {len(times)} times and "
-                f"{len(conds)} conds."
+                f"{self.name}: {n} states came with {len(times)} times and {len(conds)} conds."
             )
         self._check_conds(conds)
 
     def _check_conds(self, conds: Sequence[int]) -> None:
+        known = self._script.arguments.conds
         for c in conds:
-            if not 0 <= c < self._script.arguments.conds:
+            if not 0 <= c < known:
                 raise OptionError(
                     f"{self.name}: cond {c} is not one of {len(self.prompts)} prompts."
                 )
@@ -301,11 +305,13 @@ class WrappedPipeline:
         return self._decode_all(x0, grad, self.preview)
 
     def _decode_all(self, x0: Tensor, grad: bool, small: Any) -> Tensor:
-        self._check_rows(x0, [self.grid().times[0]] * len(x0), [0] * len(x0))
+        n = x0.shape[0]
+        self._check_rows(x0, [self.grid().times[0]] * n, [0] * n)
         x0 = (x0 if grad else x0.detach()).to(self.device)
-        size = self.max_batch or len(x0)
         decode = self._decode if grad else self._decode_short
-        found = [decode(chunk, grad, small) for chunk in x0.split(size)]
+        if n <= (self.max_batch or n):
+            return decode(x0, grad, small)
+        found = [decode(chunk, grad, small) for chunk in x0.split(self.max_batch or n)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _decode_short(self, x: Tensor, grad: bool, small: Any) -> Tensor:
@@ -393,7 +399,7 @@ def frozen(pipe: Any, grad: bool) -> Iterator[None]:
 
 
 def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
-    if list(rows) == list(range(len(x))):
+    if list(rows) == list(range(x.shape[0])):
         return x
     return x[torch.tensor(rows, device=x.device)]
 
