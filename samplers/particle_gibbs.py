@@ -297,7 +297,11 @@ class ParticleGibbs(Sampler):
                 def rule(w: Tensor, m: int, key: NoiseKey) -> Tensor:
                     return torch.cat([first, multinomial(w, m - 1, key)])
 
+            mean = torch.full_like(state.log_w, log_mean_exp(state.log_w))
             state, ancestors = resample(state, rule, key)
+            if reference is not None:
+                # Its ancestor is chosen by more than weight, which may be too small to divide by.
+                state = replace(state, log_w=mean)
             info |= {"ancestors": ancestors}
         yield Progress(step=sweep, of=self.iterations or 1, info=info)
         return state

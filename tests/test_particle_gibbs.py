@@ -293,6 +293,18 @@ def test_a_constant_added_to_the_reward_changes_nothing_but_z() -> None:
     assert b.log_z - a.log_z == pytest.approx(14.0, abs=1e-5)
 
 
+def test_a_kept_path_of_no_weight_goes_on() -> None:
+    """At a scale where weights underflow the forced path must not get an infinite one."""
+    for ancestor_sampling in (True, False):
+        method = ParticleGibbs(
+            n_particles=3, iterations=4, reward_scale=1e5, resample="always",
+            ancestor_sampling=ancestor_sampling,
+        )  # fmt: skip
+        results = steer(line(("p",) * 12), LINE, method, seed=list(range(12)))
+        assert all(torch.isfinite(r.samples).all() for r in results)
+        assert all(float(r.log_weights.exp().sum()) == pytest.approx(4.0) for r in results)
+
+
 # --- cost --------------------------------------------------------------------------------------
 
 COSTS = {

@@ -1,0 +1,159 @@
+"""Mistakes in methods that take guidance."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+_LAWS, _METHODS = "tests/test_guided_laws.py", "tests/test_guided_methods.py"
+_POPULATIONS = f"{_LAWS}::test_guided_populations_aim_at_the_tilted_law"
+_OWN = f"{_LAWS}::test_every_particle_leans_by_its_own_gradient"
+_SWEEPS = f"{_LAWS}::test_guided_sweeps_keep_the_tilted_law_of_paths"
+_CHAINS = f"{_LAWS}::test_every_guided_chain_keeps_its_own_law"
+_LEDGER = f"{_METHODS}::test_the_ledger_agrees_with_the_forecast"
+_SAME = f"{_METHODS}::test_samples_of_a_guided_search_are_those_of_guidance"
+GIBBS, CHAINS, GUIDES = (
+    f"samplers/{name}.py" for name in ("particle_gibbs", "parallel_tempering", "guides")
+)
+_STEP = "state = self.advance(ctx, state, t, u, i, kernel)"
+_UNWEIGHED = "state = replace(self.advance(ctx, state, t, u, i, kernel), log_w=state.log_w)"
+
+MUTANTS = (
+    Mutant(
+        "guided: epf forgets the densities",
+        "samplers/epf.py",
+        _STEP,
+        _UNWEIGHED,
+        (f"{_POPULATIONS}[epf]",),
+    ),
+    Mutant(
+        "guided: svdd forgets the densities",
+        "samplers/branches.py",
+        _STEP,
+        _UNWEIGHED,
+        (f"{_POPULATIONS}[svdd]",),
+    ),
+    Mutant(
+        "guided: code forgets the densities",
+        "samplers/branches.py",
+        _STEP,
+        _UNWEIGHED,
+        (f"{_POPULATIONS}[code]",),
+    ),
+    Mutant(
+        "guided: fk forgets the densities",
+        "samplers/fk.py",
+        _STEP,
+        _UNWEIGHED,
+        ("tests/test_guidance.py::test_guided_fk_has_the_target_of_fk[both]",),
+    ),
+    Mutant(
+        "guided: particle_gibbs forgets the densities of new particles",
+        GIBBS,
+        "log_w=state.log_w + ratio,",
+        "log_w=state.log_w + torch.cat([ratio[:kept], 0.0 * ratio[kept:]]),",
+        (f"{_POPULATIONS}[particle_gibbs]", f"{_SWEEPS}[three]"),
+    ),
+    Mutant(
+        "guided: particle_gibbs forgets the density of its kept path",
+        GIBBS,
+        "log_w=state.log_w + ratio,",
+        "log_w=state.log_w + torch.cat([0.0 * ratio[:kept], ratio[kept:]]),",
+        (f"{_SWEEPS}[no new past]", f"{_SWEEPS}[ess]"),
+    ),
+    Mutant(
+        "guided: a kept path with a new past has the density of the old one",
+        GIBBS,
+        "            if met:  # its past",
+        "            if False:  # its past",
+        (f"{_SWEEPS}[three]",),
+    ),
+    Mutant(
+        "guided: a new past is drawn by the density of the proposal",
+        GIBBS,
+        "            log_p = step.log_prob(after)\n",
+        '            seen = Guided(state.prediction, *(state.memory[f"{k}/{i}"] for k in '
+        '("pull", "lean")))\n'
+        "            _, lean = self.guide.proposal(ctx, state.x, seen, t, u, i, self.kernel())\n"
+        "            log_p = type(step)(step.mean + lean, step.std).log_prob(after)\n",
+        (f"{_SWEEPS}[three]",),
+    ),
+    Mutant(
+        "guided: particle_gibbs goes on with what it found before resampling",
+        GIBBS,
+        '                found = {name: state.memory[f"{name}/{i}"] for name in found}\n',
+        "",
+        (_OWN, f"{_SWEEPS}[three]"),
+    ),
+    Mutant(
+        "guided: the weight of a forced path divided by its probability",
+        GIBBS,
+        "                state = replace(state, log_w=mean)\n",
+        "                pass\n",
+        ("tests/test_particle_gibbs.py::test_a_kept_path_of_no_weight_goes_on",),
+    ),
+    Mutant(
+        "guided: tails are accepted as if drawn from the model",
+        CHAINS,
+        '                (proposal.memory["ratio"] - chains.memory["ratio"]).sum(1),\n',
+        "",
+        (_CHAINS,),
+    ),
+    Mutant(
+        "guided: the ratio of a tail forgets its head",
+        CHAINS,
+        'ratio, lead = memory["ratio"].clone(), self.lead(ctx)',
+        'ratio, lead = torch.zeros_like(memory["ratio"]), self.lead(ctx)',
+        (_CHAINS,),
+    ),
+    Mutant(
+        "guided: epf leans by the gradients of before resampling",
+        "samplers/epf.py",
+        "                state = yield from self._resample(ctx, state, ahead, i)\n",
+        "                old = state.memory\n"
+        "                state = yield from self._resample(ctx, state, ahead, i)\n"
+        "                state = replace(state, memory=old)\n",
+        (_OWN,),
+    ),
+    Mutant(
+        "guided: what was found at the old state is kept",
+        "samplers/twists.py",
+        "prediction=None, memory={})",
+        "memory=state.memory)",
+        (_OWN,),
+    ),
+    Mutant(
+        "guided: the row asked again is not in the forecast",
+        "samplers/branches.py",
+        "again = self.guide is not None and self.guide.rho > 0.0",
+        "again = False",
+        (_LEDGER,),
+    ),
+    Mutant(
+        "guided: smoothing named by the place in the batch",
+        GUIDES,
+        "rows.slots or range(len(x))",
+        "range(len(x))",
+        (_SAME,),
+    ),
+    Mutant(
+        "guided: repeated steps of a walk are not in the forecast",
+        GUIDES,
+        "c * (self.recurrence if i in steps else 1)",
+        "c",
+        (_LEDGER,),
+    ),
+    Mutant(
+        "guided: a walk goes on unguided",
+        "samplers/rollout.py",
+        "guided = lead.guide.guided_steps(ctx.grid) if lead is not None else ()",
+        "guided = ()",
+        (_SAME,),
+    ),
+    Mutant(
+        "guided: a method of the user's own swallows the option",
+        "samplers/base.py",
+        "        if self.unguided is not None:\n",
+        "        if False:\n",
+        (f"{_METHODS}::test_a_method_of_the_users_own_does_not_swallow_guidance",),
+    ),
+)
