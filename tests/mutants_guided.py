@@ -58,14 +58,14 @@ MUTANTS = (
         GIBBS,
         "log_w=state.log_w + ratio,",
         "log_w=state.log_w + torch.cat([0.0 * ratio[:kept], ratio[kept:]]),",
-        (f"{_SWEEPS}[no new past]", f"{_SWEEPS}[ess]"),
+        (f"{_LAWS}::test_weights_of_a_sweep_by_hand",),
     ),
     Mutant(
         "guided: a kept path with a new past has the density of the old one",
         GIBBS,
         "            if met:  # its past",
         "            if False:  # its past",
-        (f"{_SWEEPS}[three]",),
+        (f"{_LAWS}::test_weights_after_a_new_past_by_hand",),
     ),
     Mutant(
         "guided: a new past is drawn by the density of the proposal",
@@ -75,7 +75,7 @@ MUTANTS = (
         '("pull", "lean")))\n'
         "            _, lean = self.guide.proposal(ctx, state.x, seen, t, u, i, self.kernel())\n"
         "            log_p = type(step)(step.mean + lean, step.std).log_prob(after)\n",
-        (f"{_SWEEPS}[three]",),
+        (f"{_LAWS}::test_a_new_past_is_drawn_by_the_density_of_the_base_sampler",),
     ),
     Mutant(
         "guided: particle_gibbs goes on with what it found before resampling",
@@ -103,7 +103,7 @@ MUTANTS = (
         CHAINS,
         'ratio, lead = memory["ratio"].clone(), self.lead(ctx)',
         'ratio, lead = torch.zeros_like(memory["ratio"]), self.lead(ctx)',
-        (_CHAINS,),
+        (f"{_LAWS}::test_a_tail_keeps_the_ratio_of_its_head",),
     ),
     Mutant(
         "guided: epf leans by the gradients of before resampling",

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steering.method import Context, Method
+from steering.ledger import Budget
+from steering.method import Context, Method, Plan
 from steering.noise import NoiseKey
 from steering.particles import State, normalise
 from steering.requests import Outcome, Progress
@@ -22,7 +23,7 @@ from steering.samplers import (
     ParallelTempering,
     ParticleGibbs,
 )
-from steering.samplers.twists import ratio_at
+from steering.samplers.twists import ratio_at, scored
 from steering.transitions import EtaKernel, Step
 from tests.test_guidance import answered
 from tests.twisted_worlds import (
@@ -183,6 +184,112 @@ def test_guided_sweeps_keep_the_tilted_law_of_paths(options: str) -> None:
         for k in range(2):
             means = [float(torch.tensor(r.trace.column(name))[:, k].mean()) for r in results]
             assert distance(means, float(exact[k])) < 5.0, (name, k)
+
+
+def log_ratios(guide: Guide, scale: float, x: torch.Tensor, after: torch.Tensor, i: int):
+    """log p - log q of step i of one Gaussian with a linear reward, densities written out."""
+    model, (t, u) = bell(), list(bell().grid().steps())[i]
+    prediction, v = model.posterior(x, t), (0.6 * t.alpha) ** 2 + t.sigma**2
+    base = EtaKernel(eta=1.0)(x, prediction, t, u, model.path)
+    moved = scored(prediction, guide.rho * scale * t.alpha * 0.36 / v * torch.ones_like(x), t)
+    mean = EtaKernel(eta=1.0)(x, moved, t, u, model.path).mean
+    p, q = (torch.distributions.Normal(m, base.std) for m in (base.mean, mean))
+    return (p.log_prob(after) - q.log_prob(after))[:, 0]
+
+
+SHOWN: dict[str, State] = {}
+
+
+class Open(Kept):
+    """Runs two sweeps and shows the last population."""
+
+    def run(self, ctx: Context):
+        first, _ = yield from self.sweep(ctx, None, 0)
+        path = first.gather(torch.tensor([1]))
+        state, _ = yield from self.sweep(ctx, path, 1)
+        SHOWN.update(state=state, path=path)
+        reward = state.memory["reward"]
+        return Outcome(x0=state.x, images=state.x, reward=reward, log_w=state.log_w)
+
+
+GUIDED = {"n_particles": 5, "reward_scale": 1.5, "damping": "none", "guidance": Guide(rho=0.7)}
+
+
+def test_weights_of_a_sweep_by_hand() -> None:
+    """Never resampled: every weight is exp(scale r) dP/dQ of its path, the kept one's too."""
+    method = Open(**GUIDED, checkpoints=(0.0, 0.17, 0.34, 0.5, 0.67), ess_threshold=0.0)
+    steer(bell(), LINE, method)
+    state = SHOWN["state"]
+    total = 1.5 * state.x[:, 0]
+    for i in range(5):
+        x, after = state.memory[f"x/{i}"], state.memory[f"next/{i}"]
+        total = total + log_ratios(method.guide, 1.5, x, after, i)
+    torch.testing.assert_close(state.log_w, total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ancestor_sampling", [True, False])
+def test_weights_after_a_new_past_by_hand(ancestor_sampling: bool) -> None:
+    """Resampled before the last step with noise: what came since is known. Some seed has a new
+    past, whose proposal density replaces that of the old one."""
+    moved = 0
+    for seed in range(6):
+        method = Open(
+            **GUIDED,
+            checkpoints=(0.67,),
+            resample="always",
+            ancestor_sampling=ancestor_sampling,
+        )
+        steer(bell(), LINE, method, seed=seed)
+        state, path, i = SHOWN["state"], SHOWN["path"], 4
+        x, after = state.memory[f"x/{i}"], state.memory[f"next/{i}"]
+        since = log_ratios(method.guide, 1.5, x, after, i)
+        since = since + 1.5 * state.x[:, 0] - state.memory[f"phi/{i}"]
+        left = state.log_w - since
+        torch.testing.assert_close(left, left[0].expand(5), rtol=1e-5, atol=1e-5)
+        assert torch.equal(after[0], path.memory[f"next/{i}"][0])
+        moved += not torch.equal(x[0], path.memory[f"x/{i}"][0])
+    assert (moved > 0) == ancestor_sampling
+
+
+def test_a_new_past_is_drawn_by_the_density_of_the_base_sampler() -> None:
+    """log w - phi + log p(x* | x_i), with p unguided, against frequencies."""
+    model, method = bell(), ParticleGibbs(**{**GUIDED, "guidance": Guide(rho=3.0)})
+    grid = method.levels(model)
+    plan = Plan(grid=grid, costs=model.costs(), budget=Budget())
+    t, u = grid.times[2], grid.times[3]
+    x = torch.tensor([[0.3], [0.8], [1.6]], dtype=torch.float64)
+    ctx = Context(model=model, cond=0, seed=0, plan=plan)
+    seen = answered(model, LINE, method.guide.look(ctx, x, t, 2, 1.5))
+    log_w, phi = torch.tensor([0.3, 1.0, -0.5]).double(), torch.tensor([0.9, -0.4, 0.2]).double()
+    marks = {"pull/2": seen.pull, "lean/2": seen.lean}
+    state = replace(State.start(x, **marks), log_w=log_w, phi=phi, prediction=seen.prediction)
+    after = torch.tensor([[0.9]], dtype=torch.float64)
+    path = State.start(x[:1], **{"next/2": after})
+    step = EtaKernel(eta=1.0)(x, seen.prediction, t, u, model.path)
+    p = torch.softmax(log_w - phi + step.log_prob(after.expand(3, 1)), 0)
+    counts = torch.zeros(3)
+    for seed in range(2000):
+        ctx = Context(model=model, cond=0, seed=seed, plan=plan)
+        counts[method._ancestor(ctx, path, state, 2, 1)] += 1
+    error = torch.sqrt(p * (1 - p) / 2000)
+    assert float(((counts / 2000 - p).abs() / error).max()) < 5.0
+
+
+def test_a_tail_keeps_the_ratio_of_its_head() -> None:
+    model = bell()
+    method = ParallelTempering(
+        n_particles=3, reward_scale=1.5, move="tail", eta=1.0, cuts=(0.5,), guidance=STRONG
+    )
+    plan = Plan(grid=method.levels(model), costs=model.costs(), budget=Budget())
+    ctx = Context(model=model, cond=0, seed=0, plan=plan)
+    chains, _ = answered(model, LINE, method._walk(ctx, None, ctx.noise(3), 0, 0))
+    start = chains.memory["node/3"]
+    tail, _ = answered(model, LINE, method._walk(ctx, chains, start, 3, 1))
+    old, new = chains.memory["ratio"], tail.memory["ratio"]
+    assert torch.equal(new[:, :3], old[:, :3])
+    assert bool((new[:, 3:5] != old[:, 3:5]).all())
+    assert bool((old[:, 1:5] != 0.0).all())
+    assert not old[:, 5].any()
 
 
 def test_every_guided_chain_keeps_its_own_law() -> None:
