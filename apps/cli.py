@@ -47,6 +47,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for pictures and
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of output.")
 ]
+AsJsonList = Annotated[
+    bool, typer.Option("--json", help="Print one JSON list of objects instead of the table.")
+]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--set", help="key=value: an option of the method, or of the pipeline call."),
@@ -161,7 +164,7 @@ def replay(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(as_json: AsJsonList = False) -> None:
     """List the steering methods, what they target and what they need."""
     from steering.apps.listing import method_rows
 
@@ -170,7 +173,7 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def rewards(as_json: AsJson = False) -> None:
+def rewards(as_json: AsJsonList = False) -> None:
     """List the rewards."""
     from steering.apps.listing import reward_rows
 
@@ -188,11 +191,20 @@ def score(
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option("--reward", help="A name or spec; may be given several times."),
+        typer.Option(
+            "--reward", help="A name or spec, clip by default; may be given several times."
+        ),
     ] = None,
     device: Device = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
-    as_json: AsJson = False,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Pictures of one size in a call; a reward that compares them gets them all.",
+        ),
+    ] = 16,
+    as_json: AsJsonList = False,
 ) -> None:
     """Score picture files with any rewards."""
     from steering.apps import score as scoring
@@ -220,15 +232,20 @@ def serve_reward(
     host: Annotated[str, typer.Option("--host", help="0.0.0.0 to be reached from outside.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option("--port")] = 8000,
+    port: Annotated[int, typer.Option("--port", help="To listen on.")] = 8000,
     device: Device = None,
     max_images: Annotated[int, typer.Option("--max-images", help="In one request.")] = 64,
     max_mib: Annotated[int, typer.Option("--max-mib", help="Of one request.")] = 64,
+    max_megapixels: Annotated[
+        int, typer.Option("--max-megapixels", help="Of all images of one request.")
+    ] = 64,
 ) -> None:
     """Serve a reward over HTTP for remote(url=...)."""
     from steering.apps.serve_reward import Limits, run
 
-    limits = Limits(max_images=max_images, max_bytes=max_mib * 2**20)
+    limits = Limits(
+        max_images=max_images, max_bytes=max_mib * 2**20, max_total=max_megapixels * 2**20
+    )
     run(name, host=host, port=port, device=device, limits=limits)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
-from steering.errors import OptionError, RewardError
-from steering.rewards import as_reward
+from steering.apps.bench import Bench
+from steering.errors import OptionError, RewardError, SteeringError
 from steering.rewards.images import as_tensor, open_picture
-from steering.scoring import labels
+from steering.scoring import Reward, Scores, labels, resolve_reward
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -65,35 +66,57 @@ def score_files(
 ) -> list[dict[str, Any]]:
     """One row per file: {"file", "prompt", "scores", "parts", "notes", "errors", "valid"}.
 
-    Pictures of one size go through a reward together. Where a reward fails, what it and the others
-    have finished is kept; its other rows are NaN, with the reason in "errors".
+    Every reward is got ready before anything is scored. Pictures of one size go through a reward
+    together. Where a reward fails, what it and the others have finished is kept; its other rows
+    are NaN, with the reason in "errors".
 
     Raises:
         OptionError: an unknown reward, a file that is no picture, or a missing prompt.
+        WeightsError: weights that cannot be found.
+        RemoteError: a server that does not answer at all.
+        SteeringError: the first failure, where nothing was finished.
     """
-    judges = [as_reward(text) for text in rewards]
-    names = labels(judges)
     sizes = [open_picture(path).size for path in files]  # unreadable ones are told at once
+    bench = Bench(device, prompts)
+    judges = [resolve_reward(text, bench) for text in rewards]
+    names = labels(judges)
     rows: list[dict[str, Any]] = [
         {"file": str(f), "prompt": p, "scores": {}, "parts": {}, "notes": {}, "errors": {}}
         for f, p in zip(files, prompts, strict=True)
     ]
     for row in rows:
         row["valid"] = True
+    failures: list[SteeringError] = []
     for name, judge in zip(names, judges, strict=True):
         for chosen in _calls(sizes, judge, batch_size):
-            images = as_tensor([open_picture(files[k]) for k in chosen])
-            images = images.to(device) if device else images
             try:
-                with torch.no_grad():
-                    _enter(rows, chosen, name, judge(images, [prompts[k] for k in chosen]))
-            except RewardError as error:
+                images = as_tensor([open_picture(files[k]) for k in chosen])
+                images = images.to(device) if device else images
+                _enter(rows, chosen, name, _asked(judge, images, [prompts[k] for k in chosen]))
+            except SteeringError as error:
                 # A sum's error may hold the scores of one of its members.
                 if (done := getattr(error, "scores", None)) and not hasattr(judge, "terms"):
                     _enter(rows, chosen, name, done)
                 _give_up(rows, name, error)
+                failures.append(error)
                 break
+    if failures and all(math.isnan(v) for row in rows for v in row["scores"].values()):
+        raise failures[0]
     return rows
+
+
+def _asked(judge: Reward, images: Tensor, prompts: list[str | None]) -> Scores:
+    """Its scores; whatever a reward raises becomes an error that the others survive."""
+    try:
+        with torch.no_grad():
+            return judge(images, prompts)
+    except SteeringError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RewardError(
+            f"Reward {judge.name!r} raised {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _calls(sizes: Sequence[tuple[int, int]], judge: Any, most: int) -> Iterator[list[int]]:  # noqa: ANN401
@@ -102,12 +125,18 @@ def _calls(sizes: Sequence[tuple[int, int]], judge: Any, most: int) -> Iterator[
     for k, size in enumerate(sizes):
         groups.setdefault(size, []).append(k)
     for group in groups.values():
-        step = most if getattr(judge, "stationary", True) else len(group)
+        step = len(group) if _compares(judge) else most
         for start in range(0, len(group), step):
             yield group[start : start + step]
 
 
-def _give_up(rows: list[dict[str, Any]], name: str, error: RewardError) -> None:
+def _compares(judge: Any) -> bool:  # noqa: ANN401
+    """Whether it looks at the other pictures of a call; of a sum also a part of weight zero."""
+    parts = [part for _, part in getattr(judge, "terms", ())]
+    return not getattr(judge, "stationary", True) or any(map(_compares, parts))
+
+
+def _give_up(rows: list[dict[str, Any]], name: str, error: SteeringError) -> None:
     for row in rows:
         if math.isnan(row["scores"].setdefault(name, math.nan)):
             row["valid"] = False

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from steering.apps.bench import Bench
 from steering.errors import OptionError, SteeringError
 from steering.rewards.remote import to_json
 from steering.scoring import Reward, resolve_reward
@@ -119,7 +120,11 @@ class Desk:
         if not isinstance(images, list) or not isinstance(prompts, list) or not images:
             raise Refused(400, "give lists: images (PNG as base64) and prompts, not empty")
         if len(images) > self.limits.max_images:
-            raise Refused(413, f"{len(images)} images; at most {self.limits.max_images}")
+            raise Refused(
+                413,
+                f"{len(images)} images in one request; at most {self.limits.max_images} here. "
+                f"Serve with --max-images {len(images)} or more to take them at once",
+            )
         if len(prompts) != len(images):
             raise Refused(400, f"{len(prompts)} prompts for {len(images)} images")
         if metadata is not None and (
@@ -142,7 +147,7 @@ class Desk:
                 raise Refused(
                     413,
                     f"the images hold more than {self.limits.max_total} pixels together; send "
-                    "fewer at once",
+                    "fewer at once, or serve with a larger --max-megapixels",
                 )
             found.append(image)
         return found
@@ -201,7 +206,7 @@ async def _body(request: Any, most: int) -> Any:  # noqa: ANN401
     async for chunk in request.stream():
         size += len(chunk)
         if size > most:
-            raise Refused(413, f"the request is over {most} bytes")
+            raise Refused(413, f"the request is over {most} bytes; serve with a larger --max-mib")
         chunks.append(chunk)
     try:
         return json.loads(b"".join(chunks))
@@ -216,24 +221,12 @@ def run(name: str, *, host: str, port: int, device: str | None, limits: Limits) 
         OptionError: an unknown reward, or fastapi and uvicorn are missing.
         WeightsError: weights that cannot be found.
     """
-    reward = _Placed(resolve_reward(name), device) if device else resolve_reward(name)
-    adapt = getattr(reward, "for_model", None)
-    if adapt is not None:
-        reward = adapt(_Bench(device))
+    reward = resolve_reward(name, Bench(device))
+    reward = _Placed(reward, device) if device else reward
     app = build(Desk(reward, limits))
     import uvicorn
 
     uvicorn.run(app, host=host, port=port, log_level="info")
-
-
-class _Bench:
-    """Stands for a model where only the device is known."""
-
-    name = "none"
-    prompts = ()
-
-    def __init__(self, device: str | None) -> None:
-        self.device = device or "cpu"
 
 
 class _Placed:
@@ -244,11 +237,6 @@ class _Placed:
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self.reward, name)
-
-    def for_model(self, model: Any) -> _Placed:  # noqa: ANN401
-        """The same with the reward adapted."""
-        adapt = getattr(self.reward, "for_model", None)
-        return _Placed(adapt(model) if adapt else self.reward, self.device)
 
     def __call__(self, images: Any, prompts: Any, *, metadata: Any = None) -> Any:  # noqa: ANN401
         """Scores of the images on the device."""

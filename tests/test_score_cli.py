@@ -9,9 +9,22 @@ from PIL import Image
 
 from steering.apps.geneval_score import read_image
 from steering.apps.score import find, prompts_of, score_files
-from steering.errors import OptionError, RewardError
-from steering.rewards import register
+from steering.apps.serve_reward import Desk, Limits, build
+from steering.errors import OptionError, RewardError, WeightsError
+from steering.registry import REWARDS
+from steering.rewards import as_reward, register
+from tests import tiny_server
 from tests.command import run
+
+
+@pytest.fixture(autouse=True)
+def _registry():
+    """Names that a test registers are gone after it."""
+    REWARDS.load()
+    before = dict(REWARDS._entries)
+    yield
+    REWARDS._entries.clear()
+    REWARDS._entries.update(before)
 
 
 @pytest.fixture
@@ -83,6 +96,81 @@ def test_what_was_finished_before_a_reward_failed_is_kept(capsys, folder):
     assert [row["valid"] for row in rows] == [True, True, False]
     assert [bool(row["errors"]) for row in rows] == [False, False, True]
     assert all(row["scores"]["brightness"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("kind", [OptionError, RewardError, ValueError])
+def test_whatever_a_reward_raises_the_finished_scores_stay(folder, kind):
+    @register("test_picky")
+    def picky(images, prompts):
+        if "odd" in prompts:
+            raise kind("not this one")
+        return images.mean((1, 2, 3))
+
+    files = find([folder])
+    rows = score_files(
+        files, ["x", "odd", "x"], ["brightness", "test_picky", "jpeg"], batch_size=1
+    )
+    for row, lost in zip(rows, (False, True, True), strict=True):
+        assert row["scores"]["brightness"] > 0 > row["scores"]["jpeg"]
+        assert (row["scores"]["test_picky"] != row["scores"]["test_picky"]) is lost
+        assert ("not this one" in row["errors"].get("test_picky", "")) is lost
+        assert row["valid"] is not lost
+
+
+def test_where_nothing_was_finished_the_error_is_the_answer(folder):
+    with pytest.raises(OptionError, match="steer score: --prompt"):
+        score_files([folder / "a.png"], [None], ["clip(model=stickers)"])
+
+
+def test_weights_that_are_missing_are_said_before_anything_is_scored(capsys, folder):
+    asked = []
+
+    @register("test_counted")
+    def counted(images, prompts):
+        asked.append(len(images))
+        return images.mean((1, 2, 3))
+
+    lacking = "clip(model=local-dir:/no/where)"
+    with pytest.raises(WeightsError, match="no open_clip_config"):
+        score_files(find([folder]), ["x"] * 3, ["test_counted", lacking])
+    code, _, err = run(
+        capsys, "score", str(folder), "--prompt", "x", "--reward", "test_counted", "--reward",
+        f"test_counted + {lacking}",
+    )  # fmt: skip
+    assert (code, "no open_clip_config" in err) == (2, True)
+    code, _, err = run(capsys, "score", str(folder), "--reward", "remote(url=http://127.0.0.1:9, "
+                       "retries=0)")  # fmt: skip
+    assert (code, "gave no answer" in err) == (2, True)
+    assert asked == []
+
+
+def test_a_served_comparison_is_asked_about_all_pictures_at_once(tmp_path):
+    for k, level in enumerate((0, 50, 100, 150, 200)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / f"{k}.png")
+    files = find([tmp_path])
+    reward = as_reward("rank(brightness)")
+    with tiny_server.serve(build(Desk(reward, Limits()))) as url:
+        rows = score_files(files, ["x"] * 5, [f"remote(url={url}, batch_size=2)"], batch_size=2)
+    assert [row["scores"]["remote"] for row in rows] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    with tiny_server.serve(build(Desk(reward, Limits(max_images=3)))) as url:
+        with pytest.raises(RewardError, match="5 images in one request.*--max-images 5"):
+            score_files(files, ["x"] * 5, [f"remote(url={url})"])
+
+
+def test_a_part_without_weight_gets_all_pictures_too(folder):
+    files = [folder / "a.png", folder / "b.jpg"]
+    (row, other) = score_files(files, ["x"] * 2, ["brightness + 0*rank(brightness)"], batch_size=1)
+    (name,) = row["parts"]
+    assert (row["parts"][name]["rank"], other["parts"][name]["rank"]) == (0.0, 1.0)
+
+
+def test_the_help_names_the_default_reward_and_the_form_of_the_json(capsys):
+    code, out, _ = run(capsys, "score", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert code == 0
+    assert "clip by default" in said
+    assert "JSON list" in said
+    assert "JSON object" not in said
 
 
 def test_a_picture_of_too_many_pixels_is_one_clear_error(folder, monkeypatch):
