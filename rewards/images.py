@@ -79,8 +79,8 @@ def need_text(prompts: Sequence[Any], name: str) -> list[str]:
         if not isinstance(prompt, str):
             raise OptionError(
                 f"The reward {name!r} compares images with text, but prompt {row} is {prompt!r}. "
-                "Give it a prompt (steer score: --prompt), or choose a reward that looks at images "
-                "only."
+                "Give it a prompt (steer score: --prompt), or choose a reward that looks at "
+                "images only."
             )
     return list(prompts)
 

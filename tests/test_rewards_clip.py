@@ -18,6 +18,7 @@ from steering.rewards import Clip, as_reward, clip
 from steering.rewards.clip_loading import load, resolve
 from steering.scoring import resolve_reward
 from steering.stickers import StickerWorld
+from tests import tiny_rewards
 
 CONFIG = {
     "embed_dim": 24,
@@ -84,6 +85,19 @@ def test_micro_batches_and_scale_change_nothing_else(folder, pictures):
     one = Clip(pretrained=str(folder))(pictures, PROMPTS).value
     two = Clip(pretrained=str(folder), batch_size=2, scale=100.0)(pictures, PROMPTS).value
     torch.testing.assert_close(two, 100 * one, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_stand_alone_and_stay_attached(folder):
+    images = tensor(tiny_rewards.pictures(7))
+    for options in ({}, {"batch_size": 3}):
+        reward = Clip(pretrained=str(folder), **options)
+        assert tiny_rewards.check_contract(reward, images, tiny_rewards.PROMPTS).std() > 0.02
+
+
+def test_gradient_is_the_slope(folder, pictures):
+    x = 0.2 + 0.6 * tensor(pictures[:3])
+    reward = Clip(pretrained=str(folder), batch_size=2)
+    assert tiny_rewards.slope_error(reward, x, PROMPTS[:3]) < 0.02
 
 
 def test_gradient_raises_the_score(folder, pictures):

@@ -108,6 +108,24 @@ def test_vendi_counts_what_differs():
     assert vendi(torch.eye(5)[[0, 0, 1, 1]]) == pytest.approx(2)
 
 
+@pytest.mark.parametrize("prompts", [["a"] * 4, ["a", "b", "a", "b"]])
+def test_gradient_is_the_slope_of_the_sum(folder, prompts):
+    x = 0.2 + 0.6 * tensor(pictures(4))
+    reward = Diversity(model=str(folder), batch_size=3)
+    assert slope_error(reward, x, prompts, compares=True) < 0.02
+
+
+def test_bfloat16_is_close(folder):
+    images = tensor(pictures())
+    video = images[:6].view(2, 3, *images.shape[1:])
+    for cls, x, prompts in ((Diversity, images, TWO), (Temporal, video, ["a", "b"])):
+        exact, rough = (
+            cls(model=str(folder), precision=p)(x, prompts).value for p in ("fp32", "bf16")
+        )
+        assert rough.dtype == torch.float32
+        torch.testing.assert_close(rough, exact, rtol=0, atol=5e-3)
+
+
 def test_gradient_pushes_apart(folder):
     x = 0.2 + 0.6 * tensor(pictures(2))
     # Moving both pictures at once, the slope along both gradients is that of the sum.

@@ -328,6 +328,16 @@ def test_videoreward_equals_the_published_recipe(video_folder, frames):
         torch.testing.assert_close(found.parts[aspect], expected[:, k], rtol=1e-3, atol=1e-3)
 
 
+def test_videoreward_has_its_slope_and_bfloat16_is_close(video_folder):
+    video = 0.2 + 0.6 * tensor(pictures(4, size=(60, 40))).view(2, 2, 3, 40, 60)
+    prompts = ["two dogs", "snow"]
+    assert slope_error(video_of(video_folder), video, prompts, 1e-4) < 0.01
+    exact, rough = (
+        video_of(video_folder, precision=p)(video, prompts).value for p in ("fp32", "bf16")
+    )
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.05)
+
+
 def test_videoreward_takes_every_kth_frame(video_folder):
     video = tensor(pictures(6, size=(60, 40)))[None]
     thin = video_of(video_folder, every=2)(video, "snow").value

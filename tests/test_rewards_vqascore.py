@@ -20,7 +20,7 @@ from transformers import (
 from steering.errors import OptionError, WeightsError
 from steering.rewards import as_reward, checkpoints, clip_t5
 from steering.rewards.vqascore import VQAScore
-from tests import tiny_judges
+from tests import tiny_judges, tiny_rewards
 
 PROMPTS = ["a red apple", "two cats and a blue dog", "apple", "a photo of cats", "red", "", "a"]
 
@@ -181,6 +181,24 @@ def test_gradient_of_the_forward_against_central_differences(flan):
         torch.testing.assert_close(along, slope, rtol=2e-3, atol=0)
     finally:
         clip_t5.load.cache_clear()
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_gradient_of_the_chat_model_against_central_differences(qwen, normalise):
+    # Of the size it is asked at, as the processor rounds what it resizes.
+    x = 0.2 + 0.6 * tensor(tiny_rewards.pictures(2, size=(56, 56)))
+    reward = VQAScore(model=str(qwen), precision="fp32", normalise=normalise)
+    assert tiny_rewards.slope_error(reward, x, PROMPTS[:2]) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["flan", "qwen"])
+def test_bfloat16_is_close(flan, qwen, pictures, kind):
+    options = flan if kind == "flan" else {"model": str(qwen)}
+    exact, rough = (
+        VQAScore(**options, precision=p)(tensor(pictures), PROMPTS).value for p in ("fp32", "bf16")
+    )
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["flan", "qwen"])

@@ -153,7 +153,7 @@ def test_a_served_comparison_is_asked_about_all_pictures_at_once(tmp_path):
         rows = score_files(files, ["x"] * 5, [f"remote(url={url}, batch_size=2)"], batch_size=2)
     assert [row["scores"]["remote"] for row in rows] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     with tiny_server.serve(build(Desk(reward, Limits(max_images=3)))) as url:
-        with pytest.raises(RewardError, match="5 images in one request.*--max-images 5"):
+        with pytest.raises(RewardError, match=r"5 images in one request.*--max-images 5"):
             score_files(files, ["x"] * 5, [f"remote(url={url})"])
 
 

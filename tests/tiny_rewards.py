@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from steering.rewards import pixels, qwen_reward
+from steering.rewards import chat_local, pixels, qwen_reward
 
 WORDS = "a an apple red two dogs cat left of pizza snow the photo blue green in style".split()
 PROMPTS = [
@@ -120,13 +120,24 @@ def _smooth(resize, images, size, *, interpolation="bicubic", quantise=True):
     return resize(images, size, interpolation=interpolation, quantise=False)
 
 
-def slope_error(reward, images: torch.Tensor, prompts: list[str], step: float = 4e-4) -> float:
+def slope_error(
+    reward,
+    images: torch.Tensor,
+    prompts: list[str],
+    step: float = 4e-4,
+    *,
+    compares: bool = False,
+) -> float:
     """Relative error of the gradient along itself against central differences.
 
     Rounding to 8 bits is left out for both: its gradient is passed straight through by design.
+
+    Args:
+        compares: the value of a row depends on the others, so that only their sum has this slope.
     """
     smooth = partial(_smooth, pixels.resize)
     with (
+        mock.patch.object(chat_local, "_bytes", lambda image: image.detach().clamp(0, 1) * 255),
         mock.patch.object(pixels, "_rounded", lambda x, whole: x),
         mock.patch.object(pixels, "resize", smooth),
         mock.patch.object(qwen_reward, "resize", smooth),
@@ -142,7 +153,10 @@ def slope_error(reward, images: torch.Tensor, prompts: list[str], step: float = 
             for s in (1, -1)
         )
     exact = (gradient * direction).flatten(1).sum(1).double()
-    return float((((ahead - behind) / (2 * step) - exact).abs() / exact.abs()).max())
+    slope = (ahead - behind) / (2 * step)
+    if compares:
+        exact, slope = exact.sum(), slope.sum()
+    return float(((slope - exact).abs() / exact.abs()).max())
 
 
 def check_contract(
