@@ -39,11 +39,18 @@ class Field:
     choices: tuple[str, ...]
     help: str
 
+    @property
+    def written(self) -> bool:
+        """Whether a number is written as text: number fields of browsers turn empty into 0."""
+        return self.kind in ("whole", "number") and self.optional
+
     def shown(self, value: Any) -> Any:  # noqa: ANN401
         """A value as the control holds it."""
         if self.kind == "list":
             several = isinstance(value, Sequence) and not isinstance(value, str)
             return ", ".join(f"{v:g}" for v in value) if several else _text(value)
+        if self.written:
+            return _text(value)
         if self.kind == "choice":
             return _AUTO if value is None else str(value)
         return value
@@ -52,10 +59,12 @@ class Field:
         """A control's value as the option's; None stands for the default.
 
         Raises:
-            OptionError: no list of numbers.
+            OptionError: no number, or no list of numbers.
         """
         if value is None or value in ("", _AUTO):
             return None
+        if self.written and isinstance(value, str):
+            value = self._number(value)
         if self.kind == "whole" and isinstance(value, float) and value.is_integer():
             return int(value)
         if self.kind != "list" or not isinstance(value, str):
@@ -67,6 +76,12 @@ class Field:
             raise OptionError(
                 f"Option {self.name!r} takes numbers with commas between them, got {value!r}."
             ) from None
+
+    def _number(self, text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise OptionError(f"Option {self.name!r} takes a number, got {text!r}.") from None
 
 
 def option_fields(cls: type) -> list[Field]:

@@ -10,20 +10,29 @@ import gradio as gr
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
 from steering.apps.demo_api import refusal, session_of
-from steering.apps.demo_session import Host
-from steering.apps.demo_steer import (
+from steering.apps.demo_controls import (
     EXAMPLE,
-    baseline_entries,
     first_reward,
     heldout_control,
     model_control,
     rewards_control,
 )
+from steering.apps.demo_session import Host
+from steering.apps.demo_steer import baseline_entries
 from steering.errors import OptionError
 from steering.registry import METHODS
 from steering.result import finite
 
-HEAD = '<meta name="color-scheme" content="light dark">'
+HEAD = """<meta name="color-scheme" content="light dark">
+<script>
+// Groups of checkboxes have a caption that nothing ties to them.
+new MutationObserver(() => {
+  for (const group of document.querySelectorAll("fieldset:not([aria-label])")) {
+    const caption = group.querySelector("[data-testid=block-info]");
+    if (caption) group.setAttribute("aria-label", caption.textContent.trim());
+  }
+}).observe(document, { childList: true, subtree: true });
+</script>"""
 CSS = """
 .st-note { padding: 8px 12px; border-left: 4px solid #1d4ed8; margin: 4px 0;
   background: #eff6ff; color: #0f172a; }
@@ -71,10 +80,11 @@ def compare_tab(host: Host) -> None:
             rewards = rewards_control(host)
             heldout = heldout_control(host)
             with gr.Row():
-                nfe, seed, steps = (
+                nfe, seed = (
                     gr.Number(value, label=label, precision=0, min_width=120, interactive=True)
-                    for value, label in ((320, "Budget of each"), (0, "Seed"), (None, "Steps"))
+                    for value, label in ((320, "Budget of each"), (0, "Seed"))
                 )
+                steps = gr.Textbox("", label="Steps", min_width=120, interactive=True)
             start = gr.Button("Compare", variant="primary", elem_id="compare")
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(elem_id="compare-status")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
@@ -11,81 +10,29 @@ import gradio as gr
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
 from steering.apps.demo_api import refusal, session_of
-from steering.apps.demo_forms import Field, option_fields, read_options
+from steering.apps.demo_controls import (
+    Shown,
+    controls,
+    first_reward,
+    form,
+    rewards_control,
+    show,
+    weight_controls,
+)
+from steering.apps.demo_forms import option_fields, read_options
 from steering.apps.demo_order import Order
 from steering.apps.demo_queue import Ticket
 from steering.apps.demo_session import Host
 from steering.registry import METHODS
 
-EXAMPLE = "a photo of a red apple and a blue clock"
 _PLAIN = "(defaults)"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The controls every run needs, in the order of a listener's inputs."""
-
-    prompt: gr.Textbox
-    model: gr.Dropdown
-    heldout: gr.CheckboxGroup
-    nfe: gr.Number
-    seed: gr.Number
-    steps: gr.Number
-    scale: gr.Number
-    compare: gr.Checkbox
-
-    def listed(self) -> list[Any]:
-        return [
-            self.prompt,
-            self.model,
-            self.heldout,
-            self.nfe,
-            self.seed,
-            self.steps,
-            self.scale,
-            self.compare,
-        ]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Where a run is shown."""
-
-    status: gr.HTML
-    best: gr.HTML
-    plots: gr.HTML
-    gallery: gr.HTML
-    result: gr.HTML
-    tree: gr.HTML
-    file: gr.DownloadButton
-    python: gr.Textbox
-    command: gr.Textbox
-
-    def listed(self) -> list[Any]:
-        return [
-            self.status,
-            self.best,
-            self.plots,
-            self.gallery,
-            self.result,
-            self.tree,
-            self.file,
-            self.python,
-            self.command,
-        ]
-
-    def cleared(self) -> dict[Any, Any]:
-        """Nothing left of an earlier run."""
-        found: dict[Any, Any] = dict.fromkeys(self.listed()[:6], "")
-        found |= {self.file: gr.DownloadButton(value=None, interactive=False)}
-        return found | {self.python: "", self.command: ""}
 
 
 def steer_tab(host: Host) -> None:
     """Builds the tab."""
     with gr.Row(elem_classes="st-main"):
         with gr.Column(scale=2, min_width=300):
-            asked = _form(host)
+            asked = form(host)
             method = gr.Dropdown(
                 METHODS.names(), value="fk", interactive=True, label="Method", elem_id="method"
             )
@@ -93,13 +40,14 @@ def steer_tab(host: Host) -> None:
                 [_PLAIN], value=_PLAIN, interactive=True, label="Preset of the method"
             )
             chosen = rewards_control(host)
+            weights = weight_controls(host, chosen)
             options_at = gr.Column()
             guess = gr.HTML(elem_id="estimate")
             with gr.Row():
                 steer = gr.Button("Steer", variant="primary", elem_id="steer")
                 cancel = gr.Button("Cancel", elem_id="cancel")
         with gr.Column(scale=3, min_width=300):
-            shown = _show()
+            shown = show()
     timed = [asked.nfe, method, asked.model, asked.steps, asked.scale, asked.compare]
     told = {"inputs": timed, "outputs": guess, "show_progress": "hidden"}
     for control in timed:
@@ -108,153 +56,20 @@ def steer_tab(host: Host) -> None:
     method.change(_presets, method, preset, show_progress="hidden", api_visibility="private")
     cancel.click(_canceller(host), None, shown.status, api_visibility="private")
     with options_at:
-
-        @gr.render(inputs=[method, preset, chosen], show_progress="hidden")
-        def options_form(name: str, chosen_preset: str, rewards: list[str]) -> None:
-            weights = [
-                gr.Number(
-                    1.0, label=f"Weight of {r}", key=f"weight-{r}", minimum=-1000, interactive=True
-                )
-                for r in rewards
-            ]
+        # Drawn anew only where other options are asked for: what was filled in is lost then.
+        @gr.render(inputs=[method, preset], show_progress="hidden")
+        def options_form(name: str, chosen_preset: str) -> None:
             fields = option_fields(METHODS.get(name))
-            controls = _controls(name, chosen_preset, fields)
+            options = controls(name, chosen_preset, fields)
             gr.on(
                 [steer.click, asked.prompt.submit],
-                _steerer(host, shown, name, list(rewards), [f.name for f in fields]),
-                [*asked.listed(), *weights, *controls],
+                _steerer(host, shown, name, [f.name for f in fields]),
+                [*asked.listed(), chosen, *weights, *options],
                 shown.listed(),
                 api_visibility="private",
                 show_progress="hidden",
                 concurrency_limit=None,
             )
-
-
-def rewards_control(host: Host, label: str = "Rewards that guide") -> gr.CheckboxGroup:
-    names = list(host.offer.rewards)
-    return gr.CheckboxGroup(
-        names, value=[first_reward(host)], label=label, elem_classes="st-many", interactive=True
-    )
-
-
-def first_reward(host: Host) -> str:
-    """The reward chosen before a person chooses."""
-    return "clip" if "clip" in host.offer.rewards else host.offer.rewards[0]
-
-
-def heldout_control(host: Host) -> gr.CheckboxGroup:
-    names = list(host.offer.rewards)
-    return gr.CheckboxGroup(
-        names,
-        value=["detector"] if "detector" in names and names != ["detector"] else [],
-        label="Held-out verifiers",
-        info="They judge the result; the search never sees them.",
-        elem_classes="st-many",
-        interactive=True,
-    )
-
-
-def model_control(host: Host) -> gr.Dropdown:
-    offer = host.offer
-    return gr.Dropdown(
-        list(offer.models),
-        value=offer.models[0],
-        label="Model",
-        interactive=True,
-        info="Or type a folder or hub id." if offer.any_model else None,
-        allow_custom_value=True,  # what is not offered is refused with a message of its own
-    )
-
-
-def _form(host: Host) -> Asked:
-    limits = host.offer.limits
-    prompt = gr.Textbox(EXAMPLE, label="Prompt", elem_id="prompt", max_lines=4, interactive=True)
-    model = model_control(host)
-    with gr.Row():
-        nfe = gr.Number(
-            320,
-            label="Budget",
-            precision=0,
-            elem_id="nfe",
-            min_width=120,
-            info=f"Network rows, up to {limits.nfe}; guidance counts 2.",
-            interactive=True,
-        )
-        seed = gr.Number(
-            0,
-            label="Seed",
-            precision=0,
-            elem_id="seed",
-            min_width=120,
-            info="Names all random numbers.",
-            interactive=True,
-        )
-    with gr.Accordion("Model call and verifiers", open=False):
-        with gr.Row():
-            steps = gr.Number(
-                None,
-                label="Denoising steps",
-                precision=0,
-                elem_id="steps",
-                info="Empty: the model's own.",
-                min_width=120,
-                interactive=True,
-            )
-            scale = gr.Number(
-                None,
-                label="Guidance scale",
-                info="Empty: the model's own.",
-                min_width=120,
-                interactive=True,
-            )
-        heldout = heldout_control(host)
-        compare = gr.Checkbox(
-            True,
-            label="Compare with unsteered and best-of-N at the same cost",
-            elem_id="beside",
-            interactive=True,
-        )
-    return Asked(prompt, model, heldout, nfe, seed, steps, scale, compare)
-
-
-def _show() -> Shown:
-    status = gr.HTML(elem_id="status")
-    best = gr.HTML(elem_id="best")
-    result = gr.HTML(elem_id="result")
-    file = gr.DownloadButton("Download PNG with recipe", interactive=False, elem_id="download")
-    plots = gr.HTML(elem_id="plots")
-    gallery = gr.HTML(elem_id="gallery")
-    tree = gr.HTML(elem_id="tree")
-    with gr.Accordion("The same run elsewhere", open=False):
-        python = gr.Textbox(label="Python", lines=8, buttons=["copy"], interactive=False)
-        command = gr.Textbox(label="Command line", lines=3, buttons=["copy"], interactive=False)
-    return Shown(status, best, plots, gallery, result, tree, file, python, command)
-
-
-def _controls(method: str, preset: str, fields: list[Field]) -> list[Any]:
-    """A control per option, holding the preset's value where it sets one."""
-    given: Mapping[str, Any] = METHODS.get(method).presets.get(preset, {})
-    made = []
-    with gr.Accordion(f"Options of {method}", open=False, key=f"options-{method}"):
-        for f in fields:
-            value = f.shown(given.get(f.name, f.default))
-            label = f.name.replace("_", " ")
-            common = {
-                "label": label,
-                "interactive": True,
-                "info": f.help or None,
-                "key": f"{method}-{preset}-{f.name}",
-            }
-            if f.kind == "flag":
-                made.append(gr.Checkbox(value, **common))
-            elif f.kind == "choice":
-                made.append(gr.Dropdown(list(f.choices), value=value, **common))
-            elif f.kind == "list":
-                made.append(gr.Textbox(value, **common))
-            else:
-                precision = 0 if f.kind == "whole" else None
-                made.append(gr.Number(value, precision=precision, **common))
-    return made
 
 
 def _presets(method: str) -> Any:  # noqa: ANN401
@@ -264,7 +79,7 @@ def _presets(method: str) -> Any:  # noqa: ANN401
 
 def _estimator(host: Host) -> Any:  # noqa: ANN401
     async def guess(
-        nfe: float, method: str, model: str, steps: float, scale: float, beside: bool
+        nfe: float, method: str, model: str, steps: str, scale: str, beside: bool
     ) -> str:
         call = {"num_inference_steps": steps, "guidance_scale": scale}
         try:
@@ -299,19 +114,21 @@ def _canceller(host: Host) -> Any:  # noqa: ANN401
     return cancel
 
 
-def _steerer(host: Host, shown: Shown, method: str, rewards: list[str], options: list[str]) -> Any:  # noqa: ANN401
+def _steerer(host: Host, shown: Shown, method: str, options: list[str]) -> Any:  # noqa: ANN401
+    rewards = host.offer.rewards
+
     async def steer(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:  # noqa: ANN401
-        prompt, model, heldout, nfe, seed, steps, scale, beside = values[:8]
-        weights = dict(zip(rewards, values[8:], strict=False))
-        controls = dict(zip(options, values[8 + len(rewards) :], strict=True))
+        prompt, model, heldout, nfe, seed, steps, scale, beside, chosen = values[:9]
+        weights = dict(zip(rewards, values[9:], strict=False))
+        given = dict(zip(options, values[9 + len(rewards) :], strict=True))
         yield shown.cleared()
         try:
             order = host.offer.order(
                 prompt,
                 model=model,
                 method=method,
-                options=read_options(METHODS.get(method), controls),
-                rewards=weights,
+                options=read_options(METHODS.get(method), given),
+                rewards={name: weights[name] for name in chosen},
                 heldout=heldout,
                 nfe=nfe,
                 seed=seed,
