@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from torch import nn
+from transformers import CLIPTokenizer
 
 from steering.stickers import CLASSES, StickerWorld
+from steering.stickers.load import WEIGHTS
 from steering.stickers.train.clip import contrastive, hard_negatives, swap
 from steering.stickers.train.detector import build, targets
 from steering.stickers.train.flow import LABELS, MergedZeros, label_map
 from steering.stickers.train.loop import Loop, Recipe, seeded_init
+from steering.stickers.train.tokenizer import make, words
 from steering.stickers.world import SIZE, SPRITE
 
 
@@ -49,7 +53,7 @@ def _run(out: Path, minutes: float, *, resume: bool, stop: int) -> Loop:
         layer.weight.fill_(0.5)
         layer.bias.fill_(0.0)
     recipe = Recipe(minutes=minutes, out=out, resume=resume, lr=0.1, warmup=1)
-    loop = Loop(recipe, {"layer": layer})
+    loop = Loop(recipe, {"layer": layer}, lambda: 0.0)
     for step in loop.steps():
         if step >= stop:
             loop.save()
@@ -74,7 +78,8 @@ def test_resume_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
 
 def test_half_modules_are_trained_through_float_copies(tmp_path: Path) -> None:
     layer = nn.Linear(4, 4).to(torch.bfloat16)
-    loop = Loop(Recipe(minutes=1e9, out=tmp_path, lr=1e-5, warmup=1), {"layer": layer})
+    recipe = Recipe(minutes=1e9, out=tmp_path, lr=1e-5, warmup=1)
+    loop = Loop(recipe, {"layer": layer}, lambda: 0.0)
     before = [p.clone() for p in loop.master]
     for step in loop.steps():
         if step == 5:
@@ -134,3 +139,37 @@ def test_hard_negatives_are_few_and_swapped() -> None:
     found = hard_negatives(scenes, rng)
     assert 0.1 < len(found) / len(told) < 0.4  # HARD = 0.25; 5 standard errors of 200 draws
     assert {swap(caption) for caption in found} <= set(told)
+
+
+def test_the_best_measured_weights_are_shipped_also_after_a_resume(tmp_path: Path) -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    recipe = Recipe(minutes=1e9, out=tmp_path, lr=0.0, warmup=1)
+
+    def loop_of(resume: bool) -> Loop:
+        seen = {"layer": layer}
+        again = dataclasses.replace(recipe, resume=resume)
+        # The measure reads the averaged weight, and is highest at 3.
+        return Loop(again, seen, lambda: -abs(layer.weight.item() - 3.0))
+
+    loop = loop_of(resume=False)
+    for average in (1.0, 2.75, 5.0):
+        loop.average[0].fill_(average)
+        layer.weight.data.fill_(-average)
+        loop.judge()
+        assert layer.weight.item() == -average  # training goes on where it was
+    assert loop.best == pytest.approx(-0.25)
+    loop.save()
+    later = loop_of(resume=True)
+    later.average[0].fill_(9.0)
+    later.judge()
+    later.use_best()
+    assert layer.weight.item() == 2.75
+
+
+def test_tokens_are_the_shipped_ones_and_every_word_is_one() -> None:
+    made = make()
+    shipped = CLIPTokenizer.from_pretrained(WEIGHTS / "pipeline" / "tokenizer")
+    assert made.get_vocab().keys() == shipped.get_vocab().keys()
+    assert made.model_max_length == shipped.model_max_length == 14
+    for tokenizer in (made, shipped):
+        assert all(len(tokenizer(word).input_ids) == 3 for word in words())

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint, log and export")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     parser.add_argument("--warm-start", type=Path, help="weights to begin from")
+    parser.add_argument("--fresh", action="store_true", help="flow: from random weights")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -40,7 +41,10 @@ def main() -> None:
         minutes=args.minutes, out=args.out, resume=args.resume, seed=args.seed, **options
     )
     module = importlib.import_module(f"steering.stickers.train.{args.model}")
-    module.train(recipe, args.warm_start)
+    if args.fresh and args.model != "flow":
+        parser.error("--fresh is an option of flow only.")
+    more = {"fresh": True} if args.fresh else {}
+    module.train(recipe, args.warm_start, **more)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
     """Train, then write a diffusers folder to `recipe.out / "export"`."""
     world, model = StickerWorld("all"), build(warm_start)
     model.to(memory_format=torch.channels_last)
-    loop = Loop(recipe, {"autoencoder": model})
+    loop = Loop(recipe, {"autoencoder": model}, lambda: evaluate(model, 64)["psnr_boxes"])
     for step in loop.steps():
         images, scenes = draw(world, np.random.default_rng([recipe.seed, step]), BATCH)
         x = to_tensor(images).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
@@ -62,7 +62,7 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
             y = model.decode(z + noise).sample
         spread = (z.float().square().mean() - 1.0).clamp(min=0.0)
         loop.update(reconstruction(y.float(), x, object_mask(scenes)) + 1e-3 * spread)
-    loop.use_average()
+    loop.use_best()
     export(model, recipe.out / "export")
     loop.log(**evaluate(model))
 

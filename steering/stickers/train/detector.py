@@ -151,22 +151,35 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
         raise OptionError("The detector trains from scratch; leave --warm-start out.")
     pool = DecodedPool(recipe.out.parent / "decoded.npz", WEIGHTS / "pipeline" / "vae")
     world, model = StickerWorld("all"), build()
-    loop = Loop(recipe, {"detector": model})
+    held = np.random.default_rng(9_100_001)
+    fixed = make_batch(StickerWorld("heldout"), pool, held)
+    loop = Loop(
+        recipe, {"detector": model}, lambda: -float(errors(model, fixed)["loss"]), averaged=False
+    )
     for step in loop.steps():
         rng = np.random.default_rng([recipe.seed, step])
-        images, scenes, shifts = make_batch(world, pool, rng)
-        labels, boxes = targets(scenes, shifts)
-        with autocast():
-            out = model(to_tensor(images).mul(2).sub(1))
-        logits, guess, found = out.logits.float(), out.pred_boxes.float(), labels < BLANK
-        wanted = F.one_hot(labels, BLANK + 1)[..., :BLANK].float()
-        each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1)
-        # Two means: blanks outnumber objects 17 to 1 and would drown the classes.
-        objects, blanks = each[found].mean(), each[~found].mean()
-        place = F.l1_loss(guess[found], boxes[found])
-        loop.update(objects + blanks + 5.0 * place, objects=objects, blanks=blanks, place=place)
+        loop.update(**errors(model, make_batch(world, pool, rng)))
+    loop.use_best()
     export(model, recipe.out / "export")
     loop.log(**evaluate(recipe.out / "export", pool))
+
+
+def errors(
+    model: ConditionalDetrForObjectDetection, batch: tuple[np.ndarray, list[Scene], np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """The loss of a batch and its parts."""
+    images, scenes, shifts = batch
+    labels, boxes = targets(scenes, shifts)
+    with autocast():
+        out = model(to_tensor(images).mul(2).sub(1))
+    logits, guess, found = out.logits.float(), out.pred_boxes.float(), labels < BLANK
+    wanted = F.one_hot(labels, BLANK + 1)[..., :BLANK].float()
+    each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1)
+    # Two means: blanks outnumber objects 17 to 1 and would drown the classes.
+    objects, blanks = each[found].mean(), each[~found].mean()
+    place = F.l1_loss(guess[found], boxes[found])
+    loss = objects + blanks + 5.0 * place
+    return {"loss": loss, "objects": objects, "blanks": blanks, "place": place}
 
 
 def export(model: ConditionalDetrForObjectDetection, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from steering.stickers.world import SIZE, SPRITE, Scene, StickerWorld
 
 BATCH = 64
 SCENES = 16_000
+HELD = 128  # of them, the last, never trained on: they choose the weights that are shipped
+HELD_SEED = 5_900_000
 LATENT_SEED = 5_000_000
 TIME_SHIFT = 0.4
 DROP_TEXT = 0.1  # share of captions replaced by the empty one, for guidance
@@ -163,33 +166,57 @@ class LabelHead(nn.Module):
         return F.binary_cross_entropy_with_logits(guess, target, reduction="none").sum(-1).mean()
 
 
-def train(recipe: Recipe, warm_start: Path | None = None) -> None:
+Errors = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
+
+
+def batches(loop: Loop, n: int, size: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Rows of the cache for each step, without the held-out ones, and the step's generator."""
+    for step in loop.steps():
+        generator = torch.Generator().manual_seed(loop.recipe.seed * 1_000_003 + step)
+        yield torch.randint(n - HELD, (size,), generator=generator), generator
+
+
+def heldout(errors: Errors, name: str, n: int) -> Callable[[], float]:
+    """Minus an error on the held-out rows, with the same noise and times every time."""
+    rows = torch.arange(n - HELD, n)
+    return lambda: -float(errors(rows, torch.Generator().manual_seed(HELD_SEED))[name])
+
+
+def start_again(module: nn.Module) -> None:
+    """Fresh weights of the same shape, from a fixed seed."""
+    with seeded_init(2):
+        fresh = type(module).from_config(module.config)
+    module.load_state_dict(fresh.state_dict())
+
+
+def train(recipe: Recipe, warm_start: Path | None = None, *, fresh: bool = False) -> None:
     """Train, then write a diffusers folder to `recipe.out / "export"`.
 
-    `warm_start` is a pipeline folder; the autoencoder, tokenizer and architecture come from it
-    (default: the shipped one).
+    `warm_start` is a pipeline folder; the autoencoder, tokenizer, text towers and transformer
+    come from it (default: the shipped one). `fresh` begins with a random transformer.
     """
     base = WEIGHTS / "pipeline" if warm_start is None else warm_start
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     data = load_data(recipe.out.parent / "latents.safetensors", base, tokenizer)
     dtype = torch.bfloat16 if half_is_fast() else torch.float32
     transformer = SD3Transformer2DModel.from_pretrained(base / "transformer", torch_dtype=dtype)
+    if fresh:
+        start_again(transformer)
     zeros = MergedZeros(T5_ZEROS)
     transformer.set_attn_processor(zeros)
     condition = Condition(base).to(dtype)
     with seeded_init(0):
         head = LabelHead(transformer).to(dtype)
-    loop = Loop(recipe, {"transformer": transformer, "condition": condition, "head": head})
     null = tokenize(tokenizer, [""])
     vae = load_vae(base / "vae").config
-    for step in loop.steps():
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(data.latents), (BATCH,), generator=generator)
+
+    def errors(chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        n = len(chosen)
         x0 = (data.latents[chosen].float() - vae.shift_factor) * vae.scaling_factor
-        drop = torch.rand(BATCH, 1, generator=generator) < DROP_TEXT
+        drop = torch.rand(n, 1, generator=generator) < DROP_TEXT
         ids = torch.where(drop, null, data.ids[chosen])
         # Logit-normal times (Esser et al., 2024), a little towards noise, where layout is decided.
-        t = (torch.randn(BATCH, generator=generator) + TIME_SHIFT).sigmoid()
+        t = (torch.randn(n, generator=generator) + TIME_SHIFT).sigmoid()
         eps = torch.randn(x0.shape, generator=generator)
         xt = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
         stock = torch.rand((), generator=generator) < STOCK_SHARE
@@ -201,8 +228,13 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
         ).sample  # fmt: skip
         flow = F.mse_loss(velocity.float(), eps - x0)
         labels = head.loss(data.labels[chosen])
-        loop.update(flow + LABEL_WEIGHT * labels, flow=flow, labels=labels)
-    loop.use_average()
+        return {"loss": flow + LABEL_WEIGHT * labels, "flow": flow, "labels": labels}
+
+    modules = {"transformer": transformer, "condition": condition, "head": head}
+    loop = Loop(recipe, modules, heldout(errors, "flow", len(data.latents)))
+    for chosen, generator in batches(loop, len(data.latents), BATCH):
+        loop.update(**errors(chosen, generator))
+    loop.use_best()
     export(base, transformer, condition, recipe.out / "export")
 
 

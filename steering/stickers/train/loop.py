@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -66,11 +67,26 @@ class Loop:
 
     Modules may be float32 (run them under autocast) or bfloat16 (fastest on a CPU with bf16
     matrix units); the optimiser always works on float32 copies of the latter.
+
+    Args:
+        measure: a number of the modules on held-out data, higher is better. It is taken at every
+            checkpoint and at the end, and `use_best` brings back the weights of the highest.
+        averaged: whether the EMA weights are what is measured and shipped.
     """
 
-    def __init__(self, recipe: Recipe, modules: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        modules: dict[str, nn.Module],
+        measure: Callable[[], float],
+        *,
+        averaged: bool = True,
+    ) -> None:
         torch.set_num_threads(2)
         self.recipe, self.modules = recipe, modules
+        self.measure, self.averaged = measure, averaged
+        self.best = -math.inf
+        self.best_weights: dict[str, dict[str, Tensor]] = {}
         live = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.live = live
         self.master = [
@@ -107,8 +123,10 @@ class Loop:
             now = time.monotonic()
             self.seconds, mark = self.seconds + now - mark, now
             if self.seconds - saved > CHECKPOINT_SECONDS:
+                self.judge()
                 self.save()
                 saved = self.seconds
+        self.judge()
         self.save()
 
     def update(self, loss: Tensor, **parts: Tensor) -> None:
@@ -141,9 +159,29 @@ class Loop:
         print(line, flush=True)
 
     @torch.no_grad()
-    def use_average(self) -> None:
-        """Put the EMA weights into the modules, for export and evaluation."""
-        torch._foreach_copy_(self.live, self.average)
+    def judge(self) -> None:
+        """Measure what would be shipped now, and keep it if nothing before was better."""
+        training = [m.training for m in self.modules.values()]
+        kept = [p.detach().clone() for p in self.live]
+        if self.averaged:
+            torch._foreach_copy_(self.live, self.average)
+        for module in self.modules.values():
+            module.eval()
+        value = self.measure()
+        self.log(heldout=value)
+        if value > self.best:
+            self.best = value
+            self.best_weights = {
+                name: copy.deepcopy(module.state_dict()) for name, module in self.modules.items()
+            }
+        torch._foreach_copy_(self.live, kept)
+        for module, mode in zip(self.modules.values(), training, strict=True):
+            module.train(mode)
+
+    def use_best(self) -> None:
+        """Put the weights of the best measure into the modules, for export."""
+        for name, weights in self.best_weights.items():
+            self.modules[name].load_state_dict(weights)
 
     def save(self) -> None:
         state = {
@@ -152,6 +190,8 @@ class Loop:
             "master": [p.detach() for p in self.master],
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_weights": self.best_weights,
         }
         write_atomic(self.checkpoint, lambda path: torch.save(state, path))
 
@@ -163,6 +203,7 @@ class Loop:
         torch._foreach_copy_(self.live, state["master"])
         torch._foreach_copy_(self.average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.best, self.best_weights = state["best"], state["best_weights"]
 
     def _lr(self, done: float) -> float:
         warm = min(1.0, (self.step + 1) / self.recipe.warmup)

@@ -24,6 +24,8 @@ from steering.stickers.train.flow import (
     STOCK_ZEROS,
     Condition,
     MergedZeros,
+    batches,
+    heldout,
     load_data,
     tokenize,
 )
@@ -128,14 +130,12 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
     teacher, student = Network(base, dtype), Network(base, dtype)
     condition = Condition(base).to(dtype).requires_grad_(False)
     empty = condition(tokenize(tokenizer, [""]))
-    loop = Loop(recipe, {"transformer": student.transformer})
     vae, nodes = load_vae(base / "vae").config, levels()
-    which = torch.arange(BATCH) % JUMPS
-    first = which == 0
-    t, u = nodes[which], nodes[which + 1]
-    for step in loop.steps():
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(data.latents), (BATCH,), generator=generator)
+
+    def errors(chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        which = torch.arange(len(chosen)) % JUMPS
+        first = which == 0
+        t, u = nodes[which], nodes[which + 1]
         x0 = (data.latents[chosen].float() - vae.shift_factor) * vae.scaling_factor
         eps = torch.randn(x0.shape, generator=generator)
         x = torch.where(first.view(-1, 1, 1, 1), eps, torch.lerp(x0, eps, t.view(-1, 1, 1, 1)))
@@ -147,8 +147,14 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
         stock = torch.rand((), generator=generator) < STOCK_SHARE
         student.zeros.copies = STOCK_ZEROS if stock else T5_ZEROS
         each = (student(x, t, captions) - (x - there) / length).square().mean((1, 2, 3))
-        loop.update(each.mean(), **{f"jump{k + 1}": each[which == k].mean() for k in range(JUMPS)})
-    loop.use_average()
+        jumps = {f"jump{k + 1}": each[which == k].mean() for k in range(JUMPS)}
+        return {"loss": each.mean(), **jumps}
+
+    measure = heldout(errors, "loss", len(data.latents))
+    loop = Loop(recipe, {"transformer": student.transformer}, measure)
+    for chosen, generator in batches(loop, len(data.latents), BATCH):
+        loop.update(**errors(chosen, generator))
+    loop.use_best()
     export(student.transformer, recipe.out / "export", base)
 
 

@@ -25,6 +25,8 @@ from steering.stickers.train.flow import (
     TIME_SHIFT,
     Condition,
     MergedZeros,
+    batches,
+    heldout,
     load_data,
     tokenize,
 )
@@ -141,19 +143,18 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
     text = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32).to(dtype)
     with seeded_init(1):
         head = LabelHead(unet).to(dtype)
-    loop = Loop(recipe, {"unet": unet, "text_encoder": text, "head": head})
     teacher, null = Teacher(base, dtype), tokenize(tokenizer, [""])
     scale = load_vae(base / "vae").config.scaling_factor
     alphas = make_scheduler().alphas_cumprod
     alpha, sigma = alphas.sqrt(), (1.0 - alphas).sqrt()
     straight = sigma / (alpha + sigma)
-    for step in loop.steps():
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(data.latents), (BATCH,), generator=generator)
+
+    def errors(chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        n = len(chosen)
         x0 = data.latents[chosen].float() * scale
-        drop = torch.rand(BATCH, 1, generator=generator) < DROP_TEXT
+        drop = torch.rand(n, 1, generator=generator) < DROP_TEXT
         ids = torch.where(drop, null, data.ids[chosen])
-        t = draw_times(BATCH, straight, generator)
+        t = draw_times(n, straight, generator)
         eps = torch.randn(x0.shape, generator=generator)
         time = straight[t].view(-1, 1, 1, 1)
         xt = torch.lerp(x0, eps, time)  # on the flow's path; the UNet sees it rescaled
@@ -165,8 +166,13 @@ def train(recipe: Recipe, warm_start: Path | None = None) -> None:
         # Noise is easy to see where it is strong: the weight keeps the clean image in view.
         noise = ((guess - target).square() / (1.0 - time)).mean()
         labels = head.loss(data.labels[chosen])
-        loop.update(noise + LABEL_WEIGHT * labels, noise=noise, labels=labels)
-    loop.use_average()
+        return {"loss": noise + LABEL_WEIGHT * labels, "noise": noise, "labels": labels}
+
+    modules = {"unet": unet, "text_encoder": text, "head": head}
+    loop = Loop(recipe, modules, heldout(errors, "noise", len(data.latents)))
+    for chosen, generator in batches(loop, len(data.latents), BATCH):
+        loop.update(**errors(chosen, generator))
+    loop.use_best()
     export(unet, text, recipe.out / "export", base)
 
 
