@@ -37,9 +37,9 @@ class Actor:
             self.worker = Worker(self.settings)
         return self.worker
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, first: Job | None) -> dict[str, Any]:
         """`Worker.describe`, with the process it runs in."""
-        return {**self.open().describe(), "pid": os.getpid()}
+        return {**self.open().describe(first), "pid": os.getpid()}
 
     def samples(self, jobs: list[Job]) -> Iterator[Made]:
         """`Worker.samples`."""
@@ -87,14 +87,17 @@ class Cluster:
         share = {"num_gpus": 1} if self.gpus else {"num_cpus": self.threads}
         return self.ray.remote(Actor).options(**share).remote(self.settings, self.threads)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, first: Job | None = None) -> dict[str, Any]:
         """What the workers' model says of itself; all of them must agree.
 
+        Args:
+            first: as for `Worker.describe`.
+
         Raises:
-            SteeringError: a worker cannot open the model, or opened another one.
+            SteeringError: a worker cannot open the model, or opened another one; or as there.
         """
         try:
-            found = self.ray.get([actor.describe.remote() for actor in self.actors])
+            found = self.ray.get([actor.describe.remote(first) for actor in self.actors])
         except self.ray.exceptions.RayTaskError as error:
             raise _cause(error) from error
         except self.ray.exceptions.RayActorError as error:

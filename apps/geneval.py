@@ -17,6 +17,7 @@ from steering.errors import OptionError, SteeringError
 
 if TYPE_CHECKING:
     from steering.apps.geneval_run import Settings
+    from steering.apps.geneval_store import Job
     from steering.stickers.grammar import Metadata
 
 app = typer.Typer(
@@ -94,6 +95,7 @@ def run(
     """Make images for every prompt, then score them and write a result card."""
     from steering.apps.geneval_folder import look
     from steering.apps.geneval_run import Settings
+    from steering.apps.geneval_store import Job
 
     records, source = _prompts(prompts, model, n)
     method, options, call = _split(method, settings or [])
@@ -104,7 +106,8 @@ def run(
     )  # fmt: skip
     if engine not in ("local", "ray"):
         raise OptionError(f"--engine {engine!r}: give local or ray.")
-    with _workers(wanted, engine, address, workers) as (opened, samples):
+    first = Job(prompt=0, image=0, text=records[0]["prompt"])
+    with _workers(wanted, first, engine, address, workers) as (opened, samples):
         _make(out, wanted, opened, samples, records, source, resume, retry)
     given_up = look(out).quarantined
     for key, error in given_up.items():
@@ -198,7 +201,7 @@ def _split(method: str, settings: list[str]) -> tuple[str, dict[str, Any], dict[
 
 @contextmanager
 def _workers(
-    settings: Settings, engine: str, address: str | None, workers: int | None
+    settings: Settings, first: Job, engine: str, address: str | None, workers: int | None
 ) -> Iterator[tuple[dict[str, Any], Any]]:
     """(what the opened model says of itself, results for jobs)."""
     from steering.method import build_method
@@ -208,12 +211,12 @@ def _workers(
         from steering.apps.cluster import Cluster
 
         with Cluster(settings, address=address, workers=workers) as cluster:
-            yield cluster.describe(), cluster.samples
+            yield cluster.describe(first), cluster.samples
         return
     from steering.apps.geneval_run import Worker
 
     worker = Worker(settings)
-    yield worker.describe(), worker.samples
+    yield worker.describe(first), worker.samples
 
 
 def _make(

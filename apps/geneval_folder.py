@@ -25,6 +25,7 @@ from steering.rewards.geneval import check_record, read_prompts
 from steering.stickers.grammar import Metadata
 
 FORMAT, VERSION = "steering-geneval", 1
+MAX_TRIES = 2  # of an image, then it is given up
 Key = tuple[int, int]
 _IDENTITY = ("model", "call", "method", "reward", "heldout", "nfe", "images_per_prompt", "seed")
 _IMAGE = re.compile(r"(\d+)\.png")
@@ -109,7 +110,9 @@ def _look_at_run(folder: Path, run: dict[str, Any]) -> Contents:
         samples=samples,
         missing=missing,
         extra=[str(p.relative_to(folder)) for p in extra],
-        quarantined={k: e[-1] for k, e in errors.items() if k not in lines},
+        quarantined={
+            k: e[-1] for k, e in errors.items() if len(e) >= MAX_TRIES and k not in lines
+        },
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import PngImagePlugin
 from tqdm import tqdm
 
+from steering.api import plan_run
 from steering.apps.geneval_folder import FORMAT, VERSION, prompts_hash
 from steering.apps.geneval_store import Job, Made, Store
 from steering.engine import Engine
@@ -24,7 +25,7 @@ from steering.errors import OptionError, SteeringError
 from steering.finish import Finisher
 from steering.ledger import Budget
 from steering.loading import call_defaults, describe, load, source_of
-from steering.method import Plan, build_method, default_costs, method_options
+from steering.method import build_method, method_options
 from steering.recipe import CHUNK, package_versions
 from steering.result import Result, finite
 from steering.scoring import Reward, resolve_reward
@@ -93,8 +94,17 @@ class Worker:
         self.pipe = pipe
         self.call = {**call_defaults(source_of(pipe)), **settings.call}
 
-    def describe(self) -> dict[str, Any]:
-        """The parts of run.json that only the opened model knows."""
+    def describe(self, first: Job | None = None) -> dict[str, Any]:
+        """The parts of run.json that only the opened model knows.
+
+        Args:
+            first: a job that is planned, so that what cannot be run is refused before any work.
+
+        Raises:
+            SteeringError: model, method, reward and budget do not fit together.
+        """
+        if first is not None:
+            self._opened([first])[0].close()
         return {"model": describe(self.pipe), "call": self.call}
 
     def samples(self, jobs: Iterable[Job]) -> Iterator[Made]:
@@ -103,16 +113,12 @@ class Worker:
             yield from self._window(window)
 
     def _window(self, jobs: list[Job]) -> Iterator[Made]:
-        from steering.pipelines import wrap
-
-        lanes = {p: i for i, p in enumerate(dict.fromkeys(job.prompt for job in jobs))}
-        texts = [next(j.text for j in jobs if j.prompt == p) for p in lanes]
-        model = wrap(self.pipe, name=source_of(self.pipe), prompt=texts, **self.call)
         try:
-            reward = resolve_reward(self.settings.reward, model)
-            limit = self.settings.max_batch or getattr(model, "max_batch", None) or 64
-            engine = Engine(model, max_batch=limit)
-            owners = self._tasks(model, reward, lanes, jobs)
+            model, engine, owners = self._opened(jobs)
+        except Exception as error:  # one text that cannot be encoded must not stop the others
+            yield from self._apart(jobs, error)
+            return
+        try:
             for task in engine.stream(list(owners)):
                 finish = Finisher(model, [task], [], engine)
                 yield _made(owners.pop(task), task, finish)
@@ -122,6 +128,32 @@ class Worker:
         finally:
             model.close()
 
+    def _apart(self, jobs: list[Job], error: Exception) -> Iterator[Made]:
+        """The jobs of a window that could not be opened, prompt by prompt."""
+        prompts = list(dict.fromkeys(job.prompt for job in jobs))
+        if len(prompts) == 1:
+            words = f"{type(error).__name__}: {error}"
+            yield from (Made(job=job, error=words) for job in jobs)
+            return
+        for prompt in prompts:
+            yield from self._window([job for job in jobs if job.prompt == prompt])
+
+    def _opened(self, jobs: list[Job]) -> tuple[Any, Engine, dict[Task, Job]]:
+        """(the model wrapped for the jobs' prompts, its engine, the runs)."""
+        from steering.pipelines import wrap
+
+        lanes = {p: i for i, p in enumerate(dict.fromkeys(job.prompt for job in jobs))}
+        texts = [next(j.text for j in jobs if j.prompt == p) for p in lanes]
+        model = wrap(self.pipe, name=source_of(self.pipe), prompt=texts, **self.call)
+        try:
+            reward = resolve_reward(self.settings.reward, model)
+            limit = self.settings.max_batch or getattr(model, "max_batch", None) or 64
+            engine = Engine(model, max_batch=limit)
+            return model, engine, self._tasks(model, reward, lanes, jobs)
+        except BaseException:
+            model.close()
+            raise
+
     def _tasks(
         self,
         model: Any,  # noqa: ANN401
@@ -129,14 +161,7 @@ class Worker:
         lanes: dict[int, int],
         jobs: list[Job],
     ) -> dict[Task, Job]:
-        grid = self.method.levels(model)
-        plan = Plan(
-            grid=grid,
-            costs=default_costs(model, grid),
-            budget=Budget(nfe=self.settings.nfe),
-            spread=getattr(reward, "spread", None),
-        )
-        method = self.method.fit(plan)
+        method, plan = plan_run(model, self.method, reward, Budget(nfe=self.settings.nfe))
         tasks = {}
         for job in jobs:
             # index 0: every picture's recipe names its own prompt alone, and so can be replayed

@@ -12,12 +12,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from steering.apps.geneval_folder import Key, digest, identity, image_path, read_lines, read_run
+from steering.apps.geneval_folder import (
+    MAX_TRIES,
+    Key,
+    digest,
+    identity,
+    image_path,
+    read_lines,
+    read_run,
+)
 from steering.errors import OptionError, SteeringError
 from steering.recipe import atomic, writable_folder
 from steering.stickers.grammar import Metadata
-
-MAX_TRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)

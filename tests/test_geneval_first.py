@@ -1,0 +1,73 @@
+"""GenEval runs: what cannot end well is refused before the first image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import steering
+from steering.apps.geneval_folder import look
+from steering.apps.geneval_run import Settings, Worker, make, run_json
+from steering.apps.geneval_store import Job, Journal, Made, Store
+from steering.errors import OptionError, RewardError
+from steering.stickers import parse, prompts
+from tests.command import run
+
+FAST = {"num_inference_steps": 2, "guidance_scale": 1.0}
+SETTINGS = Settings(method="best_of_n", options={"n": 1}, call=FAST, images_per_prompt=1, seed=5)
+RECORDS = [parse(p) for p in prompts("heldout", n=553)][::100]  # one of each tag
+FIRST = Job(prompt=0, image=0, text=RECORDS[0]["prompt"])
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return steering.load("stickers", dtype="float32")
+
+
+def steer(capsys, *words: str) -> tuple[int, str, str]:
+    code, out, err = run(capsys, "geneval", *words)
+    return code, out, " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"method": "fk", "reward": "rank(clip,brightness)"}, OptionError, "changes with the ot"),
+        ({"method": "dno", "reward": "detector"}, RewardError, "gradient"),
+    ],
+)
+def test_a_method_and_a_reward_that_do_not_fit_are_refused_as_by_steer(pipe, change, error, words):
+    settings = replace(SETTINGS, options={}, **change)
+    with pytest.raises(error, match=words):
+        Worker(settings, pipe).describe(FIRST)
+    with pytest.raises(error, match=words):
+        steering.steer(pipe, RECORDS[0]["prompt"], method=settings.method, reward=settings.reward)
+
+
+def test_a_refused_run_leaves_no_folder_behind(capsys, tmp_path):
+    words = ["run", "--out", str(tmp_path / "r"), "--method", "fk", "--n", "1", "--no-score"]
+    code, _, err = steer(capsys, *words, "--reward", "rank(clip,brightness)")
+    assert (code, "changes with the other samples" in err) == (2, True)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_prompt_that_cannot_be_opened_takes_nobody_with_it(pipe, tmp_path):
+    records = [*RECORDS[:3], {**RECORDS[3], "prompt": "anything else"}, *RECORDS[4:]]
+    worker = Worker(replace(SETTINGS, reward="detector"), pipe)  # which knows the grammar only
+    recipe = run_json(worker.settings, worker.describe(FIRST), records, "test")
+    with Store(tmp_path / "run", recipe, records) as store:
+        make(store, worker.samples, show=False)
+    assert {i for i, _ in store.done} == set(range(len(records))) - {3}
+    assert set(store.quarantined()) == {(3, 0)}
+    rows = Journal(tmp_path / "run/samples.jsonl").rows
+    assert sum("anything else" in r.get("error", "") for r in rows) == 2
+
+
+def test_one_failure_is_not_called_two(pipe, tmp_path):
+    recipe = run_json(SETTINGS, Worker(SETTINGS, pipe).describe(), RECORDS, "test")
+    with Store(tmp_path / "run", recipe, RECORDS) as store:
+        store.add(Made(job=FIRST, error="lost"))
+        assert look(tmp_path / "run").quarantined == store.quarantined() == {}
+        store.add(Made(job=FIRST, error="lost again"))
+        assert look(tmp_path / "run").quarantined == store.quarantined() == {(0, 0): "lost again"}
