@@ -116,7 +116,7 @@ class WeightedSum(Arithmetic):
         *,
         metadata: Sequence[Any] | None = None,
     ) -> Scores:
-        """The sum, with the components in ``parts``.
+        """The sum, with the components in ``parts`` and, weighted, in ``terms``.
 
         Raises:
             RewardError: a component returned the wrong number of values, NaN or +inf.
@@ -125,6 +125,7 @@ class WeightedSum(Arithmetic):
         keys = labels([reward for _, reward in self.terms])
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         notes: dict[str, list[str]] = {}
         for key, (weight, reward) in zip(keys, self.terms, strict=True):
             found = reward(images, prompts, metadata=metadata)
@@ -135,8 +136,9 @@ class WeightedSum(Arithmetic):
             # Left out rather than multiplied: 0 * -inf would be NaN.
             value = weight * found.value if weight else torch.zeros_like(found.value)
             total = value if total is None else total + value.to(total.device)
+            terms.update({key: value} if weight else {})
         assert total is not None
-        return Scores(value=total + self.offset, parts=parts, notes=notes)
+        return Scores(value=total + self.offset, parts=parts, notes=notes, terms=terms)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

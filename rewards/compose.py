@@ -43,12 +43,12 @@ class ZSum(Calibrated):
         if self.calibration is not None:  # as if the members varied independently
             self.spread = sum(weight**2 for weight, _ in self.terms) ** 0.5
 
-    def combine(
+    def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
     ) -> Tensor:
         if self.calibration is None:
-            return self.sum(_per_prompt(values, prompts, _standardised))
-        return self.sum(self.scaled(values))
+            return _per_prompt(values, prompts, _standardised)
+        return self.scaled(values)
 
 
 @register("rank")
@@ -159,10 +159,10 @@ class ClippedGradient(Ensemble):
             raise OptionError(f"clipped(limit={limit}): give a positive number.")
         self.limit = limit
 
-    def combine(
+    def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
     ) -> Tensor:
-        return self.sum(values)
+        return values
 
     def ask(
         self,
@@ -225,7 +225,7 @@ class ByCategory(Calibrated):
         for category, column in ((c, k) for c in self.table for k in self.columns):
             weight_of(self.table, category, column)
 
-    def combine(
+    def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
     ) -> Tensor:
         scaled = self.scaled(values)
@@ -235,7 +235,7 @@ class ByCategory(Calibrated):
         ]
         weights = scaled.new_tensor(rows)
         # Left out where zero: 0 * -inf would be NaN.
-        return self.sum(torch.where(weights == 0, torch.zeros_like(scaled), weights * scaled))
+        return torch.where(weights == 0, torch.zeros_like(scaled), weights * scaled)
 
     def _category(self, prompt: Any, metadata: Any) -> Any:  # noqa: ANN401
         if prompt in self.categories:

@@ -99,13 +99,31 @@ class Ensemble(Arithmetic):
             notes.update({f"{key}.{k}": v for k, v in found.notes.items()})
             values.append(found.value)
         values = [value.to(values[0].device) for value in values]
-        total = self.combine(torch.stack(values, 1), prompts, metadata)
-        return Scores(value=total.float(), parts=parts, notes=notes)
+        table = torch.stack(values, 1)
+        added = self.added(table, prompts, metadata)
+        if added is None:
+            total = self.combine(table, prompts, metadata)
+            return Scores(value=total.float(), parts=parts, notes=notes)
+        terms = {
+            key: weight * column.float()
+            for key, (weight, _), column in zip(
+                self._keys(), self.terms, added.unbind(1), strict=True
+            )
+            if weight
+        }
+        return Scores(value=self.sum(added).float(), parts=parts, notes=notes, terms=terms)
+
+    def added(
+        self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
+    ) -> Tensor | None:
+        """What of the members' values [n, k] is added up, by their weights; None where the value
+        is no sum. Subclasses write this, or `combine`."""
+        return None
 
     def combine(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
     ) -> Tensor:
-        """One value [n] from the members' values [n, k]; subclasses write this."""
+        """One value [n] from the members' values [n, k], where it is no weighted sum."""
         raise NotImplementedError
 
     def ask(

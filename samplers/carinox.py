@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,14 +22,18 @@ from steering.scoring import Scores
 class CARINOX(NoiseOptimisation):
     """Category-aware reward-based initial noise optimisation and exploration (2509.17458).
 
-    The gradient of every component of the reward is clipped by itself before they are added, so
-    that no component drowns the others, whatever its scale; then the sum is clipped again. The
-    radius penalty is added once (the published code adds it once per component).
+    The components are the terms of a reward that is a sum (``a - 0.5*b``, ``zsum``,
+    ``category``), with their signs and weights; any other reward is one component. The gradient of
+    each is clipped by itself before they are added, so that none drowns the others, whatever its
+    scale; then the sum is clipped again. The radius penalty is added once (the published code adds
+    it once per component).
+
+    Every component takes a backward pass of its own, and the ledger counts each of them.
 
     Attributes:
-        weights: factor of a component's gradient before it is clipped, by its name in the parts
-            of the reward; 1 for those not named. Weights by category of the prompt belong to the
-            reward itself.
+        weights: factor of a component's clipped gradient, by its name among the terms of the
+            reward; 1 for those not named, 0 leaves one out. Weights by category of the prompt
+            belong to the reward itself.
         component_clip: largest norm of one component's gradient of a row.
     """
 
@@ -49,36 +54,43 @@ class CARINOX(NoiseOptimisation):
             raise OptionError(
                 f"carinox: component_clip must be positive, got {self.component_clip}."
             )
+        if not all(0.0 <= w < math.inf for w in (self.weights or {}).values()):
+            raise OptionError(
+                f"carinox: weights must be finite and not negative, got {self.weights}. Turn a "
+                "component round in the reward: a - b."
+            )
 
     def _slopes(
         self, scores: Scores, free: tuple[Tensor, ...]
     ) -> Generator[Request, Any, tuple[Tensor, ...]]:
-        """The sum of the components' directions, each clipped by itself."""
-        parts = self._components(scores.value, scores.parts)
+        """The weighted sum of the components' directions, each clipped by itself."""
+        components = self._components(scores)
         total = [torch.zeros_like(z) for z in free]
-        for j, part in enumerate(parts):
-            slopes = yield Gradient(part, free, retain=j + 1 < len(parts))
-            mine = clipped([s.to(z) for s, z in zip(slopes, free, strict=True)],
-                           self.component_clip)  # fmt: skip
-            total = [a + b for a, b in zip(total, mine, strict=True)]
+        for j, (weight, component) in enumerate(components):
+            value, more = self._scale * component, j + 1 < len(components)
+            slopes = yield Gradient(value, free, retain=more)
+            like = [s.to(z) for s, z in zip(slopes, free, strict=True)]
+            mine = clipped(like, self.component_clip)
+            total = [a + weight * b for a, b in zip(total, mine, strict=True)]
         return tuple(total)
 
-    def _components(self, value: Tensor, parts: Mapping[str, Tensor]) -> list[Tensor]:
-        """The parts that can be differentiated, weighted; the reward itself where there are none.
+    def _components(self, scores: Scores) -> list[tuple[float, Tensor]]:
+        """(weight, component) pairs: the reward's terms, or the reward where it is no sum.
 
         Raises:
-            OptionError: a weight for a component that the reward does not have.
+            OptionError: a weight for a component that the reward does not have, or 0 for all.
         """
-        weights = dict(self.weights or {})
-        unknown = sorted(set(weights) - set(parts))
+        weights, terms = dict(self.weights or {}), scores.terms
+        unknown = sorted(set(weights) - set(terms))
         if unknown:
             raise OptionError(
                 f"carinox: no component {', '.join(unknown)} in this reward; it has "
-                f"{', '.join(parts) or 'none'}."
+                f"{', '.join(terms) or 'none, because it is no sum'}."
             )
-        live = [
-            self._scale * weights.get(name, 1.0) * part
-            for name, part in parts.items()
-            if part.requires_grad and weights.get(name, 1.0)
-        ]
-        return live or [self._scale * value]
+        if not terms:
+            return [(1.0, scores.value)]
+        named = [(weights.get(name, 1.0), term) for name, term in terms.items()]
+        live = [(weight, term) for weight, term in named if weight and term.requires_grad]
+        if not live:
+            raise OptionError(f"carinox: weights={weights} leave no component to climb.")
+        return live

@@ -191,12 +191,18 @@ def _join(parts: list[Any]) -> Any:  # noqa: ANN401
     if isinstance(parts[0], Prediction):
         return Prediction.cat(parts)
     if isinstance(parts[0], Scores):
-        names = set.intersection(*[set(p.parts) for p in parts])
-        merged = {k: _one([p.parts[k] for p in parts]) for k in sorted(names)}
+        merged = _columns([p.parts for p in parts])
         kept = set.intersection(*[set(p.notes) for p in parts])
         notes = {k: [text for p in parts for text in p.notes[k]] for k in sorted(kept)}
-        return Scores(_one([p.value for p in parts]), merged, notes=notes)
+        terms = _columns([p.terms for p in parts])
+        return Scores(_one([p.value for p in parts]), merged, notes=notes, terms=terms)
     return _one(parts)
+
+
+def _columns(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns that every part has."""
+    names = set.intersection(*map(set, parts))
+    return {k: _one([p[k] for p in parts]) for k in sorted(names)}
 
 
 def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
@@ -208,5 +214,6 @@ def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
             rows = torch.arange(len(whole.value))[index].tolist()
             notes = {k: [texts[i] for i in rows] for k, texts in whole.notes.items()}
         parts = {k: v[index] for k, v in whole.parts.items()}
-        return Scores(whole.value[index], parts, notes=notes)
+        terms = {k: v[index] for k, v in whole.terms.items()}
+        return Scores(whole.value[index], parts, notes=notes, terms=terms)
     return whole[index]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from steering.task import Task
 
 
+_BACKWARD = ("nfe_backward", "decodes_backward", "reward_backward")
+
+
 class _Lock:
     """Whether the engine is running a backward pass."""
 
@@ -61,6 +64,7 @@ class Graphs:
     def __init__(self, limits: dict[type, int]) -> None:
         self.limits = limits
         self._held: dict[Task, dict[type, int]] = {}
+        self._booked: dict[Task, dict[str, int]] = {}  # charged before the graph now held
         self._lock = _Lock()
 
     def with_room(self, tasks: Sequence[Task], pending: dict[Task, Request]) -> list[Task]:
@@ -91,6 +95,15 @@ class Graphs:
     def release(self, task: Task) -> None:
         """The task needs no graph any more."""
         self._held.pop(task, None)
+        self._booked[task] = {name: getattr(task.ledger, name) for name in _BACKWARD}
+
+    def _again(self, task: Task) -> None:
+        """Charges the rows of a graph once more: it is kept for another backward pass."""
+        booked = self._booked.setdefault(task, dict.fromkeys(_BACKWARD, 0))
+        for name in _BACKWARD:
+            charged = getattr(task.ledger, name)
+            setattr(task.ledger, name, 2 * charged - booked[name])
+            booked[name] = charged
 
     def _sealed(self, value: Any) -> Any:  # noqa: ANN401
         if isinstance(value, Tensor):
@@ -99,8 +112,11 @@ class Graphs:
             names = [f.name for f in fields(value)]
             return type(value)(**{k: self._sealed(getattr(value, k)) for k in names})
         if isinstance(value, Scores):
-            parts = {k: self._sealed(v) for k, v in value.parts.items()}
-            return replace(value, value=self._sealed(value.value), parts=parts)
+            parts, terms = (
+                {k: self._sealed(v) for k, v in columns.items()}
+                for columns in (value.parts, value.terms)
+            )
+            return replace(value, value=self._sealed(value.value), parts=parts, terms=terms)
         return value
 
     def differentiate(self, tasks: Sequence[Task], requests: Sequence[Gradient]) -> list[Any]:
@@ -127,7 +143,9 @@ class Graphs:
                 continue
             for k, answer in zip(part, found, strict=True):
                 answers[k] = answer
-                if not requests[k].retain:
+                if requests[k].retain:
+                    self._again(tasks[k])
+                else:
                     self.release(tasks[k])
         return answers
 

@@ -43,7 +43,8 @@ class Ledger:
 
     Attributes:
         nfe: rows through the denoising network, counted by a hook on it.
-        nfe_backward: of these, rows asked with a graph, to be differentiated.
+        nfe_backward: of these, rows asked with a graph, to be differentiated; those of a graph
+            that is differentiated more than once count once for each time.
         nfe_recomputed: rows run again to differentiate checkpointed calls; not in ``nfe``.
         decodes: images (or videos) decoded; ``decodes_backward`` of them differentiated.
         reward_calls: images scored by the guiding reward; ``reward_backward`` differentiated.

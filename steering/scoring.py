@@ -26,12 +26,16 @@ class Scores:
         parts: named components, [n] each, for reports.
         valid: [n] bool; False where no score could be had (a judge's answer did not parse).
         notes: named texts, one per image: what a judge wrote, what was read in a picture.
+        terms: where ``value`` is a sum, its terms with sign and weight, [n] each; they add up to
+            it but for a constant. Empty elsewhere. What is to be differentiated piece by piece is
+            in here, not in ``parts``.
     """
 
     value: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     valid: Tensor | None = None
     notes: dict[str, list[str]] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -73,15 +77,26 @@ def recipe_reward(spec: str) -> Reward:
     return importlib.import_module("steering.rewards").as_reward(spec, allow_python=False)
 
 
-def score(reward: Reward, images: Tensor, prompts: Sequence[Any], *, where: str = "") -> Scores:
+def score(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[Any],
+    *,
+    metadata: Sequence[Any] | None = None,
+    where: str = "",
+) -> Scores:
     """Calls a reward and checks what it returned.
+
+    Args:
+        metadata: handed on where there is any, one per image.
 
     Raises:
         RewardError: the reward raised, or returned the wrong number of values, NaN or +inf.
     """
     n = len(images)
+    extra: dict[str, Any] = {} if metadata is None else {"metadata": metadata}
     try:
-        scores = reward(images, prompts)
+        scores = reward(images, prompts, **extra)
     except (RewardError, OptionError):
         raise
     except (torch.OutOfMemoryError, MemoryError):
@@ -135,7 +150,7 @@ def check_scores(scores: object, name: str, n: int, where: str) -> Scores:
             "and differentiable must return steering.scoring.Scores. A plain function may return "
             "a tensor or a list."
         )
-    for part, values in scores.parts.items():
+    for part, values in [*scores.parts.items(), *scores.terms.items()]:
         if not isinstance(values, Tensor) or values.shape[:1] != (n,):
             raise RewardError(
                 f"Reward {name!r}: part {part!r} must be a tensor with one entry per image, {n} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-NOISE = "tests/test_noise_optimisation.py"
+NOISE, CARINOX = "tests/test_noise_optimisation.py", "tests/test_carinox.py"
 
 MUTANTS = (
     Mutant(
@@ -45,9 +45,45 @@ MUTANTS = (
     Mutant(
         "components clipped together",
         "samplers/carinox.py",
-        "parts = self._components(scores.value, scores.parts)",
-        "parts = [self._scale * scores.value]",
+        "components = self._components(scores)",
+        "components = [(1.0, scores.value)]",
         (f"{NOISE}::test_components_are_clipped_apart",),
+    ),
+    Mutant(
+        "weights of components before the clip",
+        "samplers/carinox.py",
+        "mine = clipped(like, self.component_clip)\n            total = [a + weight * b for",
+        "mine = clipped([weight * s for s in like], self.component_clip)\n"
+        "            total = [a + b for",
+        (f"{CARINOX}::test_weights_count_after_the_clip",),
+    ),
+    Mutant(
+        "parts before their weights are climbed",
+        "rewards/arithmetic.py",
+        "terms.update({key: value} if weight else {})",
+        "terms.update({key: found.value})",
+        (f"{CARINOX}::test_without_clips_the_sum_of_all_components_is_the_slope_of_the_reward",),
+    ),
+    Mutant(
+        "a member's weight is no part of its term",
+        "rewards/ensemble.py",
+        "key: weight * column.float()",
+        "key: column.float()",
+        (f"{CARINOX}::test_without_clips_the_sum_of_all_components_is_the_slope_of_the_reward",),
+    ),
+    Mutant(
+        "terms are dropped where rows are split",
+        "steering/batch.py",
+        "return Scores(whole.value[index], parts, notes=notes, terms=terms)",
+        "return Scores(whole.value[index], parts, notes=notes)",
+        (f"{CARINOX}::test_terms_of_many_prompts_stay_with_their_rows",),
+    ),
+    Mutant(
+        "only the first backward pass of a graph is charged",
+        "steering/gradients.py",
+        "2 * charged - booked[name]",
+        "charged",
+        (f"{CARINOX}::test_every_component_is_charged_its_backward_pass",),
     ),
     Mutant(
         "probability test without its covariance",

@@ -1,0 +1,203 @@
+"""CARINOX climbs the reward it was given, one term at a time; the ledger counts every pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import steering
+from steering.analytic import GaussianMixture
+from steering.errors import OptionError
+from steering.rewards import as_reward
+from steering.rewards.calibration import Calibration, Constants
+from steering.rewards.compose import ByCategory, ClippedGradient, Min, ZSum
+from steering.samplers import CARINOX, DNO, ReNO
+from steering.scoring import Scores
+
+
+def first(images, prompts):
+    return 3.0 * images[:, 0]
+
+
+def second(images, prompts):
+    return 0.5 * images[:, 1]
+
+
+def bowl(images, prompts):
+    return -(images - 0.3).square().sum(1)
+
+
+def with_sigma(images, prompts):
+    """A reward with a diagnostic that points the other way."""
+    return Scores(value=images[:, 0], parts={"sigma": -3.0 * images[:, 0]})
+
+
+for fn in (first, second, bowl, with_sigma):
+    fn.differentiable = True
+
+A, B, C = as_reward(first), as_reward(second), as_reward(bowl)
+DIAGNOSED = as_reward(with_sigma)
+MEASURED = Calibration({"first": Constants(1.0, 3.0, 8, 1), "second": Constants(0.0, 0.5, 8, 1)})
+COLOURS = {"color": {"first": 0.25, "second": 2.0}, "shape": {"first": 1.0, "second": 0.0}}
+
+
+def by_category(kind: str) -> ByCategory:
+    return ByCategory(A, B, weights=COLOURS, categories={"p": kind})
+
+
+def world(steps: int = 3) -> GaussianMixture:
+    return GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=steps, prompts=("p",))
+
+
+def step(cls: type, reward: object, **options: object) -> torch.Tensor:
+    """How far one small step of plain ascent moves the sample, over its length, [2]."""
+    plain = {"momentum": 0.0, "regulariser": "none", "reward_scale": 1.0, "clip": None, "lr": 1e-3}
+    seen: list[torch.Tensor] = []
+
+    def listen(task: object, progress: Any) -> None:
+        seen.extend([] if progress.preview is None else [progress.preview[0]])
+
+    method = cls(n_iterations=2, restarts=1, **{**plain, **options})
+    steering.steer(world(), reward=reward, method=method, seed=4, listener=listen)
+    return (seen[1] - seen[0]) / 1e-3
+
+
+def spent(method: object, reward: object = C, steps: int = 8) -> Any:
+    return steering.steer(world(steps), reward=reward, method=method).ledger
+
+
+# --- what is climbed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        A - B,
+        -2.0 * A + 3.0,
+        A + 0.0 * B,
+        DIAGNOSED,
+        DIAGNOSED + B,
+        by_category("color"),
+        by_category("shape"),
+        0.5 * by_category("color") - C,
+        Min(A, B),
+        Min(A, B) + C,
+        ZSum(A, 2.0 * B, calibration=MEASURED),
+        ClippedGradient(A, -1.0 * B, limit=0.7),
+        C,
+    ],
+    ids=str,
+)
+def test_without_clips_the_sum_of_all_components_is_the_slope_of_the_reward(reward):
+    """So that no sign and no weight is lost, and nothing counts twice."""
+    wanted = step(ReNO, reward)
+    assert wanted.norm() > 0.01
+    torch.testing.assert_close(step(CARINOX, reward, component_clip=1e9), wanted)
+
+
+def test_what_is_subtracted_goes_down():
+    ahead = step(CARINOX, A - B)
+    assert ahead[0] > 0.01
+    assert ahead[1] < -0.01
+
+
+def test_weights_of_the_category_reach_the_gradient():
+    """A member of weight 0 in this category does not move the noise."""
+    ahead = step(CARINOX, by_category("shape"))
+    assert ahead[0] > 0.01
+    assert abs(float(ahead[1])) < 1e-6
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clips", [{}, {"clip": 0.1}], ids=["component", "both"])
+def test_weights_count_after_the_clip(clips):
+    """Both components are cut to one length first: 3 : 1 is what the weights make of it."""
+    ahead = step(CARINOX, A + B, weights={"first": 3.0}, **clips)
+    even = step(CARINOX, A + B, **clips)
+    assert float(even[0] / even[1]) == pytest.approx(1.0, rel=1e-3)
+    assert float(ahead[0] / ahead[1]) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_a_component_of_weight_zero_stands_still():
+    ahead = step(CARINOX, A + B, weights={"second": 0.0})
+    assert ahead[0] > 0.01
+    assert ahead[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reward", "weights", "word"),
+    [
+        (A + B, {"frist": 2.0}, "frist.*first, second"),
+        (C, {"bowl": 2.0}, "no sum"),
+        (DIAGNOSED + B, {"with_sigma.sigma": 2.0}, "no component"),
+        (A + B, {"first": 0.0, "second": 0.0}, "no component to climb"),
+    ],
+)
+def test_weights_that_fit_no_component(reward, weights, word):
+    with pytest.raises(OptionError, match=word):
+        step(CARINOX, reward, weights=weights)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
+def test_weights_that_are_none(weight):
+    with pytest.raises(OptionError, match="weights"):
+        CARINOX(weights={"first": weight})
+
+
+def test_terms_of_many_prompts_stay_with_their_rows():
+    """Rows merged and split by the engine climb as they do alone."""
+    reward = A - 2.0 * B + 0.1 * C
+    method = CARINOX(n_iterations=3, restarts=2, lr=0.1)
+    prompts = ("p", "q", "r")
+    many = steering.steer(
+        GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=3, prompts=prompts),
+        reward=reward, method=method, seed=[3, 4, 5], max_batch=4,
+    )  # fmt: skip
+    for k, prompt in enumerate(prompts):
+        model = GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=3, prompts=(prompt,))
+        one = steering.steer(model, reward=reward, method=method, seed=3 + k)
+        torch.testing.assert_close(many[k].samples, one.samples, rtol=0, atol=1e-6)
+        assert many[k].ledger.nfe_backward == one.ledger.nfe_backward
+
+
+# --- what it costs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        (ReNO(n_iterations=3), 16),
+        (ReNO(n_iterations=3, restarts=4), 64),
+        (ReNO(n_iterations=1, restarts=4), 0),
+        (DNO(n_iterations=3), 16),
+        (DNO(n_iterations=3, differentiate_last=2), 4),
+        (DNO(n_iterations=5, differentiate_last=3, restarts=2, estimator="hybrid"), 24),
+        (CARINOX(n_iterations=3, restarts=2), 32),
+        (CARINOX(n_iterations=2, restarts=5), 40),
+        (CARINOX(n_iterations=3, restarts=2, variables="all", eta=1.0, differentiate_last=2), 8),
+    ],
+)
+def test_rows_differentiated_in_closed_form(method, rows):
+    """restarts (K - 1) steps that are differentiated: the last iterate is only looked at."""
+    ledger = spent(method)
+    assert ledger.nfe_backward == rows
+    pairs = method.restarts * (method.n_iterations - 1)
+    assert ledger.decodes_backward == pairs
+    hybrid = isinstance(method, DNO) and method.estimator == "hybrid"
+    assert ledger.reward_backward == (0 if hybrid else pairs)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_every_component_is_charged_its_backward_pass(checkpoint):
+    method = CARINOX(n_iterations=3, restarts=2, checkpoint=checkpoint)
+    one, two, three = (spent(method, reward) for reward in (C, A + B, A - B + C))
+    assert [x.nfe_backward for x in (one, two, three)] == [32, 64, 96]
+    assert [x.decodes_backward for x in (one, two, three)] == [4, 8, 12]
+    assert one.nfe == two.nfe == three.nfe == 48
+    again = [x.nfe_recomputed for x in (one, two, three)]
+    assert again == ([32, 64, 96] if checkpoint else [0, 0, 0])
