@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steering.apps.demo_api import add_endpoints, session_of
 from steering.apps.demo_order import Offer
 from steering.apps.demo_page import CSS, HEAD, compare_tab, replay_tab, score_tab
+from steering.apps.demo_queue import Ticket
 from steering.apps.demo_session import Host
 from steering.apps.demo_steer import steer_tab
 
@@ -119,7 +120,7 @@ def serve(
         desk.close()
 
 
-def warm_up(host: Host) -> None:
+def warm_up(host: Host) -> Ticket:
     """Opens the first model and measures its pace, so that nobody waits for it later."""
     first = "clip" if "clip" in host.offer.rewards else host.offer.rewards[0]
     order = host.offer.order(
@@ -130,7 +131,7 @@ def warm_up(host: Host) -> None:
         rewards={first: 1.0},
         nfe=host.offer.limits.nfe,
     )
-    host.submit("server", order)
+    return host.submit("server", order)
 
 
 def theme() -> Any:  # noqa: ANN401

@@ -49,10 +49,13 @@ def steer_tab(host: Host) -> None:
         with gr.Column(scale=3, min_width=300):
             shown = show()
     timed = [asked.nfe, method, asked.model, asked.steps, asked.scale, asked.compare]
-    told = {"inputs": timed, "outputs": guess, "show_progress": "hidden"}
-    for control in timed:
-        control.change(_estimator(host), api_visibility="private", **told)
-    guess.attach_load_event(_estimator(host), None, inputs=timed)
+    gr.on(  # with no trigger named: when the page opens, and with every change
+        fn=_estimator(host),
+        inputs=timed,
+        outputs=guess,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     method.change(_presets, method, preset, show_progress="hidden", api_visibility="private")
     cancel.click(_canceller(host), None, shown.status, api_visibility="private")
     with options_at:
