@@ -93,7 +93,7 @@ def text_encodings(name: str, x: torch.Tensor) -> int:
     reward = Clip(model=name)
     reward(x[:1], "warm up")
     rows: list[int] = []
-    tower = reward._encoder("cpu").model.token_embedding
+    tower = reward._ready("cpu").model.token_embedding
     handle = tower.register_forward_hook(lambda module, given, out: rows.append(len(out)))
     reward(x, "thirty-two images of one prompt")
     reward(x, "thirty-two images of one prompt")

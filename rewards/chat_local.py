@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from torch import Tensor
 from steering.errors import WeightsError
 from steering.rewards import checkpoints
 from steering.rewards.chat import Ask, Reply
+from steering.rewards.memory import in_batches
+from steering.rewards.networked import at_work, needs_gradient
 
 _TOP = 20
+T = TypeVar("T")
 
 
 class LocalChat:
@@ -31,28 +34,31 @@ class LocalChat:
         reward: str,
         device: str,
         batch_size: int,
+        offload: bool = False,
     ) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.reward, self.device, self.batch_size = reward, device, batch_size
+        self.reward, self.device = reward, torch.device(device)
+        self.batch_size, self.offload = batch_size, offload
         self.dtype: torch.dtype = model.dtype
 
     def choices(self, asks: Sequence[Ask], labels: Sequence[Sequence[str]]) -> Tensor:
         """Log-probabilities [n, k] of the first answer token; gradients reach the images."""
         ids = [self._ids(spellings) for spellings in labels]
-        rows = []
-        for part in self._parts(asks):
+
+        def row(part: Sequence[Ask]) -> Tensor:
             logits = self.model(**self._inputs(part), logits_to_keep=1).logits[:, -1]
             logp = logits.float().log_softmax(-1)
-            rows.append(torch.stack([logp[:, i].logsumexp(-1) for i in ids], -1))
-        return torch.cat(rows)
+            return torch.stack([logp[:, i].logsumexp(-1) for i in ids], -1)
+
+        return torch.cat(self._all(asks, row))
 
     @torch.no_grad()
     def write(
         self, asks: Sequence[Ask], max_new_tokens: int, *, probabilities: bool = True
     ) -> list[Reply]:
         """Greedy answers, with the likeliest tokens at every place where asked for."""
-        replies = []
-        for part in self._parts(asks):
+
+        def replies(part: Sequence[Ask]) -> list[Reply]:
             inputs, top = self._inputs(part), _Top()
             written = self.model.generate(
                 **inputs,
@@ -66,9 +72,12 @@ class LocalChat:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             start = inputs["input_ids"].shape[1]
-            for row, tokens in enumerate(written[:, start:].tolist()):
-                replies.append(self._reply(tokens, [step[row] for step in top.steps]))
-        return replies
+            return [
+                self._reply(tokens, [step[row] for step in top.steps])
+                for row, tokens in enumerate(written[:, start:].tolist())
+            ]
+
+        return [reply for part in self._all(asks, replies) for reply in part]
 
     def _reply(self, written: list[int], steps: list[dict[int, float]]) -> Reply:
         special = set(self.tokenizer.all_special_ids)
@@ -86,8 +95,13 @@ class LocalChat:
     def _spell(self, token: int) -> str:
         return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
-    def _parts(self, asks: Sequence[Ask]) -> list[Sequence[Ask]]:
-        return [asks[k : k + self.batch_size] for k in range(0, len(asks), self.batch_size)]
+    def _all(self, asks: Sequence[Ask], job: Callable[[Sequence[Ask]], T]) -> list[T]:
+        """Results of a job for all questions in order, as many at once as memory has room for."""
+        follows = any(needs_gradient(image) for ask in asks for image in ask.images)
+        with at_work(self, offload=self.offload and not follows):
+            return in_batches(
+                lambda rows: job(asks[rows]), len(asks), self.batch_size, self.reward
+            )
 
     def _ids(self, spellings: Sequence[str]) -> list[int]:
         """The single tokens among the spellings."""
@@ -104,8 +118,7 @@ class LocalChat:
     def _inputs(self, asks: Sequence[Ask]) -> dict[str, Any]:
         texts = [self._template(ask) for ask in asks]
         exact = self._processed(texts, [[_bytes(i) for i in ask.images] for ask in asks])
-        wants = torch.is_grad_enabled() and any(i.requires_grad for a in asks for i in a.images)
-        if wants:
+        if any(needs_gradient(image) for ask in asks for image in ask.images):
             # The values of 8-bit images, with the gradient of the same resize on floats.
             images = [[i.float().clamp(0, 1) for i in ask.images] for ask in asks]
             smooth = self._processed(texts, images, do_rescale=False)["pixel_values"]
@@ -155,7 +168,14 @@ _LOADED: OrderedDict[tuple[str, str, str], tuple[Any, Any]] = OrderedDict()
 _KEPT = 2
 
 
-def load_chat(source: str, reward: str, precision: str, device: str, batch_size: int) -> LocalChat:
+def load_chat(
+    source: str,
+    reward: str,
+    precision: str,
+    device: str,
+    batch_size: int,
+    offload: bool = False,
+) -> LocalChat:
     """The model of a folder or hub id; the last two stay loaded, whichever rewards use them.
 
     Raises:
@@ -170,7 +190,9 @@ def load_chat(source: str, reward: str, precision: str, device: str, batch_size:
             _LOADED.popitem(last=False)
     _LOADED.move_to_end(key)
     model, processor = _LOADED[key]
-    return LocalChat(model, processor, reward=reward, device=device, batch_size=batch_size)
+    return LocalChat(
+        model, processor, reward=reward, device=device, batch_size=batch_size, offload=offload
+    )
 
 
 def _open(source: str, reward: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError
-from steering.rewards.base import Reward, register
-from steering.rewards.images import device_name, need_text
+from steering.rewards.base import register
+from steering.rewards.images import need_text
+from steering.rewards.networked import Networked
 from steering.rewards.pixels import PixelSpec
+from steering.scoring import Scores
 
 if TYPE_CHECKING:
     from steering.rewards.clip_loading import Loaded
@@ -25,7 +26,7 @@ _CACHED_PROMPTS = 4096
 
 @register("clip")
 @dataclass(frozen=True, kw_only=True)
-class Clip(Reward):
+class Clip(Networked):
     """Cosine of image and text in an open_clip model (CLIPScore; Hessel et al., 2021).
 
     The value is ``scale * cos``, unclipped, so that images which fit badly still have a gradient.
@@ -40,9 +41,6 @@ class Clip(Reward):
         pretrained: a tag of that model, a weights file, or a folder with open_clip_config.json
             (which then also says the architecture).
         scale: factor on the cosine.
-        precision: "fp32", "bf16" or "fp16", for images; text follows.
-        device: where the encoder lives; None follows the images.
-        batch_size: images encoded at once.
 
     Raises:
         OptionError: an unknown model or tag, or a tag trained with another activation than the
@@ -59,15 +57,6 @@ class Clip(Reward):
     model: str = "ViT-L-14-quickgelu"
     pretrained: str = "openai"
     scale: float = 1.0
-    precision: str = "fp32"
-    device: str | None = None
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise OptionError(f"clip(precision={self.precision!r}): give fp32, bf16 or fp16.")
-        if self.batch_size < 1:
-            raise OptionError(f"clip(batch_size={self.batch_size}): give 1 or more.")
 
     def for_model(self, model: Any) -> Clip:  # noqa: ANN401
         """This reward for images of `model`, with its weights loaded before any image is made."""
@@ -75,8 +64,7 @@ class Clip(Reward):
         adapted = self
         if bare and str(getattr(model, "name", "")).startswith(STICKERS):
             adapted = replace(self, model=STICKERS)
-        adapted._encoder(getattr(model, "device", "cpu"))
-        return adapted
+        return super(Clip, adapted).for_model(model)
 
     @property
     def spread(self) -> float | None:
@@ -85,25 +73,17 @@ class Clip(Reward):
 
     def score(
         self, images: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
-    ) -> Tensor:
+    ) -> Tensor | Scores:
         """``scale * cos`` [n] on the images' device."""
-        texts = need_text(prompts, self.name)
-        encoder = self._encoder(images.device)
-        text = encoder.text(texts)
-        cosines = [
-            (encoder.image(part.to(encoder.device)) * text[start : start + len(part)]).sum(-1)
-            for start, part in zip(
-                range(0, len(images), self.batch_size), images.split(self.batch_size), strict=True
-            )
-        ]
-        return self.scale * torch.cat(cosines).to(images.device)
+        return super().score(images, need_text(prompts, self.name), metadata)
 
-    def _encoder(self, device: torch.device | str) -> Encoder:
+    def _load(self, where: str) -> Encoder:
         from steering.rewards.clip_loading import load
 
-        where = device_name(self.device or device)
-        with torch.inference_mode(False):  # parameters kept for a backward pass later
-            return _encoder(load(self.model, self.pretrained, self.precision, where))
+        return _encoder(load(self.model, self.pretrained, self.precision, where))
+
+    def _values(self, net: Encoder, images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        return self.scale * (net.image(images) * net.text(prompts)).sum(-1)
 
 
 class Encoder:

@@ -62,6 +62,7 @@ class ClipT5(nn.Module):
         self.t5, self.vision, self.projector = t5, vision, projector
         self.tokenizer, self.pixels = tokenizer, pixels
         self.layer, self.with_class = layer, with_class
+        self._tokens: dict[str, Tensor] = {}
         colour = [int(m * 255) / 255 for m in pixels.mean]
         self.register_buffer("colour", torch.tensor(colour).view(-1, 1, 1), persistent=False)
 
@@ -105,7 +106,12 @@ class ClipT5(nn.Module):
         return self.t5.get_input_embeddings()(self._ids(text))
 
     def _ids(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer(text).input_ids, device=self.t5.device)
+        """Token ids of a text, kept."""
+        if text not in self._tokens:
+            if len(self._tokens) >= 4096:
+                self._tokens.clear()
+            self._tokens[text] = torch.tensor(self.tokenizer(text).input_ids)
+        return self._tokens[text].to(self.t5.device)
 
 
 @lru_cache(maxsize=1)

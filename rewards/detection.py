@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from steering.errors import OptionError
 from steering.rewards import checkpoints, detection_models
 from steering.rewards.base import Reward, register
 from steering.rewards.images import device_name
+from steering.rewards.memory import in_batches
+from steering.rewards.networked import Placed, at_work, needs_gradient
 from steering.scoring import Scores
 
 _ITEM = re.compile(r"(?:(\d+)\s+)?(\S.*)")
@@ -34,7 +37,9 @@ class _Detection(Reward):
         temperature: of the smooth threshold.
         overlap: boxes of one name that overlap a surer one by more (IoU) do not count; 1 keeps
             all.
-        precision, device, batch_size: of the detector.
+        precision, device: of the detector.
+        batch_size: images at once; halved for a call whose memory runs out.
+        offload: keep the detector on the CPU between calls, unless a gradient is still to come.
     """
 
     differentiable: ClassVar[bool] = True
@@ -51,6 +56,7 @@ class _Detection(Reward):
     precision: str = "fp32"
     device: str | None = None
     batch_size: int = 8
+    offload: bool = False
 
     def __post_init__(self) -> None:
         checkpoints.dtype_of(self.precision, self.name)
@@ -69,7 +75,9 @@ class _Detection(Reward):
 
     def for_model(self, model: Any) -> Any:  # noqa: ANN401
         """This reward, with its weights loaded before any image is made."""
-        self._finder(getattr(model, "device", "cpu"))
+        finder = self._finder(getattr(model, "device", "cpu"))
+        if self.offload:
+            finder.model.to("cpu")
         return self
 
     def score(
@@ -80,11 +88,17 @@ class _Detection(Reward):
         wants = [self._wants(metadata[k] if metadata is not None else None, p)
                  for k, p in enumerate(prompts)]  # fmt: skip
         rows: dict[int, tuple[Tensor, Tensor]] = {}
-        for want in dict.fromkeys(wants):
-            mine = [k for k, w in enumerate(wants) if w == want]
-            for start in range(0, len(mine), self.batch_size):
-                part = mine[start : start + self.batch_size]
-                rows.update(zip(part, self._batch(finder, images[part], want), strict=True))
+        net = Placed(model=finder.model, device=self._place(images.device))
+        follows = self.mode == "smooth" and needs_gradient(images)
+        with at_work(net, offload=self.offload and not follows):
+            for want in dict.fromkeys(wants):
+                mine = [k for k, w in enumerate(wants) if w == want]
+
+                def found(part: slice, mine: list[int] = mine, want: Wants = want) -> list[Any]:
+                    return self._batch(finder, images[mine[part]].to(net.device), want)
+
+                parts = in_batches(found, len(mine), self.batch_size, self.name)
+                rows.update(zip(mine, itertools.chain(*parts), strict=True))
         value = torch.stack([rows[k][0] for k in range(len(images))]).to(images.device)
         names = list(dict.fromkeys(name for want in wants for name, _ in want))
         parts = {name: torch.full((len(images),), torch.nan) for name in names}
@@ -100,7 +114,7 @@ class _Detection(Reward):
         names = [name for name, _ in want]
         target = torch.tensor([float(n) for _, n in want])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode == "smooth"):
-            found = finder.find(images.to(finder.model.device), names)
+            found = finder.find(images, names)
             found_rows = zip(found.scores, found.corners, strict=True)
             out = []
             for scores, corners in found_rows:
@@ -135,8 +149,11 @@ class _Detection(Reward):
         raise NotImplementedError
 
     def _finder(self, device: torch.device | str) -> detection_models.Finder:
-        where = device_name(self.device or device)
+        where = str(self._place(device))
         return detection_models.load(self.model, self.name, self.precision, where)
+
+    def _place(self, device: torch.device | str) -> torch.device:
+        return torch.device(device_name(self.device or device))
 
     def _wants(self, extra: Any, prompt: Any) -> Wants:  # noqa: ANN401
         include = extra.get("include") if isinstance(extra, dict) else extra

@@ -19,7 +19,8 @@ from steering.rewards.base import register
 from steering.rewards.calibration import groups
 from steering.rewards.clip import Encoder, _encoder
 from steering.rewards.clip_loading import Loaded, load
-from steering.rewards.networked import Networked, Pooled, at_work, batches, needs_gradient, no_text
+from steering.rewards.memory import in_batches
+from steering.rewards.networked import Networked, Pooled, at_work, needs_gradient, no_text
 from steering.rewards.pixels import PixelSpec
 from steering.scoring import Scores
 
@@ -62,7 +63,12 @@ class Features(Networked):
         """Unit vectors float32 [n, d] of images [n, 3, H, W], in micro-batches."""
         net = self._ready(images.device)
         with at_work(net, offload=self.offload and not needs_gradient(images)):
-            found = [net.image(p.to(net.device)) for _, p in batches(images, self.batch_size)]
+            found = in_batches(
+                lambda rows: net.image(images[rows].to(net.device)),
+                len(images),
+                self.batch_size,
+                self.name,
+            )
         return torch.cat(found).to(images.device)
 
 

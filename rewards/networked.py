@@ -15,14 +15,18 @@ from steering.errors import OptionError, WeightsError
 from steering.rewards.base import Reward
 from steering.rewards.checkpoints import dtype_of, read_weights
 from steering.rewards.images import device_name
+from steering.rewards.memory import in_batches
 from steering.scoring import Scores
 
 
 class Net(Protocol):
     """A loaded network: its module, and the device where it computes."""
 
-    model: Any
-    device: torch.device
+    @property
+    def model(self) -> Any: ...  # noqa: ANN401
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +38,14 @@ class Networked(Reward):
     Attributes:
         precision: "fp32", "bf16" or "fp16", for the network; values are float32.
         device: where the network computes; None follows the images.
-        batch_size: images taken at once.
+        batch_size: images taken at once; halved for a call whose memory runs out.
         offload: keep the network on the CPU between calls. A call that needs a gradient leaves it
             where it computed, as the backward pass is still to come.
 
     Raises:
         OptionError: an option that cannot be used, at once.
         WeightsError: weights that cannot be found or read, before a run or at the first call.
+        RewardMemoryError: a single image does not fit into memory.
     """
 
     precision: str = "fp32"
@@ -65,11 +70,12 @@ class Networked(Reward):
     ) -> Tensor | Scores:
         """Values [n] on the images' device, from micro-batches."""
         net = self._ready(images.device)
+
+        def values(rows: slice) -> Tensor:
+            return self._values(net, images[rows].to(net.device), prompts[rows])
+
         with at_work(net, offload=self.offload and not needs_gradient(images)):
-            parts = [
-                self._values(net, part.to(net.device), prompts[start : start + len(part)])
-                for start, part in batches(images, self.batch_size)
-            ]
+            parts = in_batches(values, len(images), self.batch_size, self.name)
         return torch.cat(parts).float().to(images.device)
 
     def _ready(self, device: torch.device | str) -> Any:  # noqa: ANN401
@@ -88,10 +94,12 @@ def needs_gradient(images: Tensor) -> bool:
     return torch.is_grad_enabled() and images.requires_grad
 
 
-def batches(images: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) in order."""
-    for start in range(0, len(images), size):
-        yield start, images[start : start + size]
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A module and the device where it computes, as a `Net`."""
+
+    model: Any
+    device: torch.device
 
 
 @contextmanager

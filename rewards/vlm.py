@@ -16,7 +16,7 @@ from torch import Tensor
 from steering.errors import OptionError
 from steering.rewards.base import Reward, register
 from steering.rewards.chat import NO, YES, Ask, Chat, Reply, digits
-from steering.rewards.chat_local import load_chat
+from steering.rewards.chat_local import LocalChat, load_chat
 from steering.rewards.chat_server import ServerChat, Unfinished
 from steering.rewards.checkpoints import dtype_of
 from steering.rewards.images import device_name, need_text
@@ -40,7 +40,8 @@ class Judge(Reward):
             score there is. Either way the part ``parsed`` is 0 and a warning counts them.
         precision: "fp32", "bf16" or "fp16".
         device: of the model here; none follows the images.
-        batch_size: questions in one forward pass.
+        batch_size: questions in one forward pass; halved for a call whose memory runs out.
+        offload: keep the model here on the CPU between calls.
         timeout, retries, concurrency: of requests to the server.
         key_env: environment variable with the server's key.
     """
@@ -51,6 +52,7 @@ class Judge(Reward):
     precision: str = "bf16"
     device: str | None = None
     batch_size: int = 8
+    offload: bool = False
     timeout: float = 120.0
     retries: int = 3
     concurrency: int = 8
@@ -67,14 +69,18 @@ class Judge(Reward):
 
     def for_model(self, model: Any) -> Any:  # noqa: ANN401
         """This reward, with its weights loaded before any image is made."""
-        self._chat(getattr(model, "device", "cpu"))
+        chat = self._chat(getattr(model, "device", "cpu"))
+        if self.offload and isinstance(chat, LocalChat):
+            chat.model.to("cpu")
         return self
 
     def _chat(self, device: torch.device | str) -> Chat:
         if self.url:
             return self._server()
         where = device_name(self.device or device)
-        return load_chat(self.model, self.name, self.precision, where, self.batch_size)
+        return load_chat(
+            self.model, self.name, self.precision, where, self.batch_size, self.offload
+        )
 
     def _server(self) -> ServerChat:
         wire = Wire(url=self.url or "", timeout=self.timeout, retries=self.retries)

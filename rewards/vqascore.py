@@ -14,8 +14,10 @@ from steering.errors import OptionError
 from steering.rewards import checkpoints, clip_t5
 from steering.rewards.base import Reward, register
 from steering.rewards.chat import NO, YES, Ask
-from steering.rewards.chat_local import load_chat
+from steering.rewards.chat_local import LocalChat, load_chat
 from steering.rewards.images import device_name, need_text
+from steering.rewards.memory import in_batches
+from steering.rewards.networked import Placed, at_work, needs_gradient
 from steering.scoring import Scores
 
 FLAN_QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
@@ -41,7 +43,8 @@ class VQAScore(Reward):
         vision, tokenizer: where CLIP-FlanT5's other two parts are.
         precision: "bf16" or "fp32" ("fp16" for chat models only).
         device: None follows the images.
-        batch_size: images scored at once.
+        batch_size: images scored at once; halved for a call whose memory runs out.
+        offload: keep the model on the CPU between calls, unless a gradient is still to come.
 
     Raises:
         WeightsError: files that are missing, unreadable or do not fill the model.
@@ -61,6 +64,7 @@ class VQAScore(Reward):
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     device: str | None = None
     batch_size: int = 8
+    offload: bool = False
 
     def __post_init__(self) -> None:
         checkpoints.dtype_of(self.precision, self.name)
@@ -71,7 +75,9 @@ class VQAScore(Reward):
 
     def for_model(self, model: Any) -> VQAScore:  # noqa: ANN401
         """This reward, with its weights loaded before any image is made."""
-        self._open(getattr(model, "device", "cpu"))
+        found = self._open(getattr(model, "device", "cpu"))
+        if self.offload:
+            found.model.to("cpu")
         return self
 
     def score(
@@ -80,25 +86,27 @@ class VQAScore(Reward):
         """Probabilities [n] on the images' device."""
         texts = need_text(prompts, self.name)
         model = self._open(images.device)
-        judge = self._flan if isinstance(model, clip_t5.ClipT5) else self._chat
+        judge = self._flan if isinstance(model, Placed) else self._chat
         value, parts = judge(model, images, texts)
         return Scores(value=value, parts={k: v.detach() for k, v in parts.items()})
 
     def _flan(
-        self, model: clip_t5.ClipT5, images: Tensor, texts: list[str]
+        self, net: Placed, images: Tensor, texts: list[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         asked = _asked(self.question or FLAN_QUESTION, texts)
-        rows = []
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            pixels = model.prepare(images[part].to(model.t5.device))
-            rows.append(model.log_answer(pixels, asked[part], "Yes"))
-        logp = torch.cat(rows).to(images.device)
+
+        def answers(rows: slice) -> Tensor:
+            pixels = net.model.prepare(images[rows].to(net.device))
+            return net.model.log_answer(pixels, asked[rows], "Yes")
+
+        with at_work(net, offload=self.offload and not needs_gradient(images)):
+            parts = in_batches(answers, len(images), self.batch_size, self.name)
+        logp = torch.cat(parts).to(images.device)
         return logp.mean(1).exp().float(), {"p_yes": logp[:, :-1].sum(1).exp()}
 
     def _chat(
         self,
-        model: Any,  # noqa: ANN401
+        model: LocalChat,
         images: Tensor,
         texts: list[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,15 +116,18 @@ class VQAScore(Reward):
         value = logp.softmax(-1)[:, 0] if self.normalise else logp[:, 0].exp()
         return value, {"p_yes": logp[:, 0].exp(), "p_no": logp[:, 1].exp()}
 
-    def _open(self, device: torch.device | str) -> Any:  # noqa: ANN401
+    def _open(self, device: torch.device | str) -> Placed | LocalChat:
         where = device_name(self.device or device)
         folder = checkpoints.find(self.model, self.name, ("config.json", checkpoints.WEIGHTS))
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind == clip_t5.MODEL_TYPE:
-            return clip_t5.load(
+            flan = clip_t5.load(
                 str(folder), self.vision, self.tokenizer, self.name, self.precision, where
             )
-        return load_chat(str(folder), self.name, self.precision, where, self.batch_size)
+            return Placed(model=flan, device=torch.device(where))
+        return load_chat(
+            str(folder), self.name, self.precision, where, self.batch_size, self.offload
+        )
 
 
 def _asked(question: str, texts: Sequence[str]) -> list[str]:

@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "micro-batches get the prompts of the first",
         "rewards/networked.py",
-        "prompts[start : start + len(part)]",
-        "prompts[: len(part)]",
+        "images[rows].to(net.device), prompts[rows]",
+        "images[rows].to(net.device), prompts[: len(images[rows])]",
         (f"{PICK}test_score_equals_the_published_recipe",),
     ),
     Mutant(

@@ -116,7 +116,7 @@ def test_each_prompt_is_encoded_once(folder, pictures, monkeypatch):
     load.cache_clear()
     reward = Clip(pretrained=str(folder))
     reward(pictures[:1], "warm up")
-    encoder = reward._encoder("cpu")
+    encoder = reward._ready("cpu")
     rows = []
     encoder.model.token_embedding.register_forward_hook(lambda m, x, y: rows.append(len(y)))
     first = reward(pictures, PROMPTS).value
@@ -227,7 +227,7 @@ def test_what_cannot_be_loaded(spec, error, message):
 
 
 def test_options_are_checked_at_once():
-    with pytest.raises(OptionError, match="fp32, bf16 or fp16"):
+    with pytest.raises(OptionError, match="fp32, bf16, fp16"):
         as_reward("clip(precision=int8)")
     with pytest.raises(OptionError, match="1 or more"):
         as_reward("clip(batch_size=0)")

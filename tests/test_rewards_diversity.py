@@ -212,5 +212,5 @@ def test_clip_features_are_those_of_the_clip_reward():
     images = tensor(pictures(3))
     reward = Diversity(features="clip", model="stickers")
     clip = as_reward("clip(model=stickers)")
-    x = clip._encoder("cpu").image(images)
+    x = clip._ready("cpu").image(images)
     torch.testing.assert_close(reward(images, "a").value, distances(x))

@@ -156,7 +156,7 @@ def test_one_forward_pass_a_batch(qwen, pictures):
 
 
 def test_gradient_of_the_forward_against_central_differences(flan):
-    loaded = VQAScore(**flan, precision="fp32")._open("cpu")
+    loaded = VQAScore(**flan, precision="fp32")._open("cpu").model
     model = clip_t5.ClipT5(
         loaded.t5.double(), loaded.vision.double(), loaded.projector.double(),
         loaded.tokenizer, clip_t5.PixelSpec(size=28, quantise=False),
