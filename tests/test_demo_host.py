@@ -18,11 +18,13 @@ pytest.importorskip("gradio")
 
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
+from steering.apps.demo_forms import option_fields, read_options
 from steering.apps.demo_order import Busy, Limits
 from steering.errors import OptionError, RecipeError, SteeringError
 from steering.ledger import Budget
 from steering.method import Cost
 from steering.recipe import read
+from steering.registry import METHODS
 from steering.stickers.load import FOLDERS
 from tests.demo_world import eventually, held, hosting, order
 
@@ -334,6 +336,30 @@ def test_recipes_from_anywhere_reach_no_further_than_the_form(host, made, name):
 def repeat(host, recipe):
     """Some are refused at once, the others by the worker."""
     raise OptionError(ended(host.submit("ann", host.offer.repeat(recipe))).error)
+
+
+# --- the form -----------------------------------------------------------------------------------
+
+
+def test_numbers_that_may_be_left_out_are_written_as_text():
+    fields = {f.name: f for f in option_fields(METHODS.get("fk"))}
+    assert fields["eta_end"].shown(None) == ""
+    assert fields["ess_threshold"].shown(0.5) == 0.5
+    given = {"eta_end": "0.25", "reward_scale": "3", "steps": " 8 ", "n_particles": ""}
+    assert read_options(METHODS.get("fk"), given) == {
+        "eta_end": 0.25, "reward_scale": 3.0, "steps": 8,
+    }  # fmt: skip
+    with pytest.raises(OptionError, match="'steps' takes a number, got 'eight'"):
+        fields["steps"].read("eight")
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_runs_from_its_untouched_form(host, name):
+    fields = option_fields(METHODS.get(name))
+    untouched = {f.name: f.shown(f.default) for f in fields}
+    assert read_options(METHODS.get(name), untouched) == {}
+    assert None not in [f.shown(f.default) for f in fields if f.kind in ("whole", "number")]
+    host.offer.method(name, {})
 
 
 # --- views --------------------------------------------------------------------------------------
