@@ -67,15 +67,16 @@ MUTANTS = (
     Mutant(
         "branches: copies ask for themselves",
         BRANCHES,
-        "            if state.prediction is None:  # before",
-        "            if not segment.branched:  # before",
+        "            state = yield from self.ask(ctx, state, ctx.grid.times[start], start)\n",
+        "            if not segment.branched:\n"
+        "                state = yield from self.ask(ctx, state, ctx.grid.times[start], start)\n",
         ("tests/test_svdd.py::test_nothing_is_asked_twice", COST),
     ),
     Mutant(
         "branches: the judging prediction is asked again",
-        BRANCHES,
-        "            if prediction is None:\n",
-        "            if True:\n",
+        "samplers/base.py",
+        "state.prediction or (yield Denoise(state.x, t))",
+        "(yield Denoise(state.x, t))",
         ("tests/test_svdd.py::test_nothing_is_asked_twice",),
     ),
     Mutant(

@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "noise keyed by ancestor",
-        "samplers/fk.py",
+        "samplers/base.py",
         "x = ctx.move(state.x, state.prediction, t, u, kernel, step=i)",
         "x = ctx.move(state.x, state.prediction, t, u, kernel, step=i, slots=state.root.tolist())",
         ("tests/test_fk.py::test_twins_part_after_resampling",),

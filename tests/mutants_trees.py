@@ -174,9 +174,9 @@ MUTANTS = (
     Mutant(
         "gibbs: kept path's own potential forgotten",
         "samplers/particle_gibbs.py",
-        'phi = _beside(reference, lambda path: path.memory[f"phi/{i}"], phi)',
-        "phi = _beside(reference, lambda path: path.phi, phi)",
-        (f"{GIBBS}::test_sweeps_keep_the_tilted_law_of_paths_on_a_chain",),
+        'path.memory[f"{name}/{i}"], rows)',
+        'path.phi if name == "phi" else path.memory[f"{name}/{i}"], rows)',
+        ("tests/test_guided_laws.py::test_weights_of_a_sweep_by_hand",),
     ),
     Mutant(
         "gibbs: every sweep draws the same noise",

@@ -202,15 +202,15 @@ MUTANTS = (
     Mutant(
         "guidance: time travel starts from the level it goes to",
         "samplers/guides.py",
-        "x = renoise(y, u, t, z)",
-        "x = t.alpha * y + t.sigma * z",
+        "x = renoise(y, u, t, key.normal",
+        "x = (lambda y, u, t, z: t.alpha * y + t.sigma * z)(y, u, t, key.normal",
         (f"{_GUIDED}::test_time_travel_alone_keeps_the_law",),
     ),
     Mutant(
         "guidance: one stream of noise for all turns",
         "samplers/guides.py",
-        'stream = f"proposal/{turn}" if turn else "proposal"',
-        'stream = "proposal"',
+        'f"{stream}/{turn}" if turn else stream',
+        "stream",
         (f"{_GUIDED}::test_every_turn_has_noise_of_its_own",),
     ),
     Mutant(
@@ -244,13 +244,13 @@ MUTANTS = (
     Mutant(
         "guidance: smoothing named by the place in the micro-batch",
         "samplers/guides.py",
-        ".at(slot=first)",
-        ".at(slot=0)",
+        "key.normal(slots[part], ",
+        "key.normal(len(x[part]), ",
         (f"{_GUIDED}::test_memory_options_change_no_number",),
     ),
     Mutant(
         "guidance: repeated steps are weighed",
-        "samplers/guides.py",
+        "samplers/guided.py",
         "if guide.recurrence > 1:",
         "if False:",
         (f"{_GUIDED}::test_bad_options",),

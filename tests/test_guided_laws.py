@@ -224,6 +224,7 @@ def test_weights_of_a_sweep_by_hand() -> None:
     for i in range(5):
         x, after = state.memory[f"x/{i}"], state.memory[f"next/{i}"]
         total = total + log_ratios(method.guide, 1.5, x, after, i)
+        assert float(state.memory[f"phi/{i}"][0]) == float(SHOWN["path"].memory[f"phi/{i}"])
     torch.testing.assert_close(state.log_w, total, rtol=1e-5, atol=1e-5)
 
 
