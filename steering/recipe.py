@@ -36,6 +36,7 @@ class Recipe:
         call: keyword arguments of the pipeline call other than the prompt.
         prompts, seeds: of all prompts run together (rounding depends on the batch).
         prompt: index of this picture's prompt; ``image``: index among its pictures.
+        metadata: what the rewards were given beside each prompt; None for nothing.
         method: {"name", "options"}.
         reward, heldout: spec strings, None where only the caller can rebuild them.
         budget: the caps.
@@ -55,6 +56,7 @@ class Recipe:
     budget: dict[str, Any]
     engine: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    metadata: list[Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with its format and version."""
@@ -74,7 +76,7 @@ class Recipe:
                 f"{where}: recipe version {data.get('version')!r}, this release reads {VERSION}."
             )
         values = {k: v for k, v in data.items() if k not in ("format", "version")}
-        missing = sorted(set(cls.__dataclass_fields__) - set(values))
+        missing = sorted(set(cls.__dataclass_fields__) - {"metadata"} - set(values))
         extra = sorted(set(values) - set(cls.__dataclass_fields__))
         if missing or extra:
             raise RecipeError(f"{where}: damaged recipe (missing {missing}, unknown {extra}).")
@@ -90,6 +92,9 @@ class Recipe:
                 raise RecipeError(f"{where}: damaged recipe, {name!r} is not a {kind.__name__}.")
         if not 0 <= self.prompt < len(self.prompts) or len(self.seeds) != len(self.prompts):
             raise RecipeError(f"{where}: damaged recipe, prompt {self.prompt} is out of range.")
+        extra = self.metadata
+        if extra is not None and not (isinstance(extra, list) and len(extra) == len(self.prompts)):
+            raise RecipeError(f"{where}: damaged recipe, metadata is not one per prompt.")
         if not all(p is None or isinstance(p, str) for p in self.prompts):
             raise RecipeError(f"{where}: damaged recipe, prompts are no texts.")
         if not isinstance(self.engine.get("max_batch"), int | None):

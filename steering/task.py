@@ -78,6 +78,7 @@ class Task:
     error: BaseException | None = None
     cancelled: bool = False
     run: Run | None = None
+    metadata: Any = None  # what the reward gets beside the prompt
     extra: int = 0  # network rows taken over from other runs, or (negative) left to them
 
     @property
