@@ -95,7 +95,7 @@ def run(
     """Make images for every prompt, then score them and write a result card."""
     from steering.apps.geneval_folder import look
     from steering.apps.geneval_run import Settings
-    from steering.apps.geneval_store import Job
+    from steering.apps.geneval_store import job_of
 
     records, source = _prompts(prompts, model, n)
     method, options, call = _split(method, settings or [])
@@ -106,8 +106,7 @@ def run(
     )  # fmt: skip
     if engine not in ("local", "ray"):
         raise OptionError(f"--engine {engine!r}: give local or ray.")
-    first = Job(prompt=0, image=0, text=records[0]["prompt"])
-    with _workers(wanted, first, engine, address, workers) as (opened, samples):
+    with _workers(wanted, job_of(records[0], 0, 0), engine, address, workers) as (opened, samples):
         _make(out, wanted, opened, samples, records, source, resume, retry)
     given_up = look(out).quarantined
     for key, error in given_up.items():

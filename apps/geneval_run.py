@@ -167,7 +167,7 @@ class Worker:
             # index 0: every picture's recipe names its own prompt alone, and so can be replayed
             task = Task(
                 index=0, prompt=job.text, cond=lanes[job.prompt], method=method, plan=plan,
-                seed=seed_of(self.settings.seed, job), reward=reward,
+                seed=seed_of(self.settings.seed, job), reward=reward, metadata=job.record,
             )  # fmt: skip
             tasks[task] = job
         return tasks

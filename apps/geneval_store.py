@@ -28,16 +28,22 @@ from steering.stickers.grammar import Metadata
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One image to make: prompt and image index, the text, and how often it has failed."""
+    """One image to make: prompt and image index, text and record, and how often it has failed."""
 
     prompt: int
     image: int
     text: str
     tries: int = 0
+    record: Metadata | None = field(default=None, compare=False)
 
     @property
     def key(self) -> Key:
         return self.prompt, self.image
+
+
+def job_of(record: Metadata, prompt: int, image: int, *, tries: int = 0) -> Job:
+    """The job of one image of a record."""
+    return Job(prompt=prompt, image=image, text=record["prompt"], tries=tries, record=record)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -167,7 +173,7 @@ class Store:
     def todo(self) -> list[Job]:
         """Images still to be made, prompt by prompt; those that failed twice are given up."""
         return [
-            Job(prompt=i, image=k, text=record["prompt"], tries=len(self.errors.get((i, k), ())))
+            job_of(record, i, k, tries=len(self.errors.get((i, k), ())))
             for i, record in enumerate(self.records)
             for k in range(self.images)
             if (i, k) not in self.done and len(self.errors.get((i, k), ())) < MAX_TRIES

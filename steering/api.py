@@ -31,6 +31,7 @@ def steer(
     nfe: int | None = None,
     seed: int | Sequence[int] = 0,
     heldout: object = None,
+    metadata: Sequence[Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     options: dict[str, Any] | None = None,
     budget: Budget | None = None,
@@ -49,6 +50,7 @@ def steer(
         nfe: rows through the network that each prompt may spend; guidance counts 2.
         seed: one for all prompts, or one per prompt. Equal seeds give equal noise.
         heldout: verifiers the search never sees: like ``reward``, or a list of these.
+        metadata: what rewards may need beside the prompt, such as GenEval records: one per prompt.
         out: folder for PNGs with recipes and result.json; proven writable first. A list of
             prompts writes one subfolder per prompt. Stopped and failed runs leave their best so
             far there.
@@ -81,7 +83,7 @@ def steer(
         listed = _listed(heldout)
         verifiers = [guide if r is reward else resolve_reward(r, model) for r in listed]
         _distinct(guide, verifiers)
-        tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed)
+        tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed, metadata)
         folder = None if out is None else writable_folder(out)
         limit = getattr(model, "max_batch", None) or 64 if max_batch is None else max_batch
         engine = Engine(model, max_batch=limit, listener=listener, cancelled=cancelled)
@@ -166,16 +168,24 @@ def _caps(nfe: int | None, budget: Budget | None) -> Budget:
 
 
 def _tasks(
-    model: Model, method: Method, reward: Reward, budget: Budget, seed: int | Sequence[int]
+    model: Model,
+    method: Method,
+    reward: Reward,
+    budget: Budget,
+    seed: int | Sequence[int],
+    metadata: Sequence[Any] | None,
 ) -> list[Task]:
     n = len(model.prompts)
-    seeds = _seeds(seed, n)
+    seeds, extra = _seeds(seed, n), _metadata(metadata, n)
     _warn_of_twins(model, seeds)
     fitted, plan = plan_run(model, method, reward, budget)
     return [
-        Task(index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward)
+        Task(
+            index=i, prompt=text, cond=i, seed=seeds[i], method=fitted, plan=plan, reward=reward,
+            metadata=extra[i],
+        )
         for i, text in enumerate(model.prompts)
-    ]
+    ]  # fmt: skip
 
 
 def plan_run(model: Model, method: Method, reward: Reward, budget: Budget) -> tuple[Method, Plan]:
@@ -249,6 +259,14 @@ def _single(result: Result | None, task: Task, folder: Any) -> Result:  # noqa: 
     if result is None:
         raise SteeringError("The run was cancelled before there was anything to show.")
     return result
+
+
+def _metadata(metadata: Any, n: int) -> list[Any]:  # noqa: ANN401
+    if metadata is None:
+        return [None] * n
+    if not isinstance(metadata, list | tuple) or len(metadata) != n:
+        raise OptionError(f"metadata must be a list with one entry per prompt ({n}).")
+    return list(metadata)
 
 
 def _several(results: list[Result | None], tasks: list[Task]) -> list[Result]:

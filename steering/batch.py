@@ -99,6 +99,11 @@ class Batch:
         """The prompt of each row."""
         return self._per_row([task.prompt for task in self.tasks], rows)
 
+    def metadata(self, rows: Tensor | None) -> list[Any] | None:
+        """What goes with the prompt of each row; None where no task has any."""
+        own = [task.metadata for task in self.tasks]
+        return None if all(m is None for m in own) else self._per_row(own, rows)
+
     def _per_row(self, values: list[Any], rows: Tensor | None) -> list[Any]:
         """What belongs to the owner of each row."""
         if rows is None:

@@ -276,7 +276,8 @@ class Engine:
             if batch.grad and not batch.tasks[0].reward.differentiable:
                 raise no_gradient(batch.tasks[0].method.name, batch.tasks[0].reward.name)
             with torch.set_grad_enabled(batch.grad):
-                answer = score(batch.tasks[0].reward, data, batch.prompts(rows))
+                prompts, extra = batch.prompts(rows), batch.metadata(rows)
+                answer = score(batch.tasks[0].reward, data, prompts, metadata=extra)
         self._finish_device()
         seconds = time.perf_counter() - started
         batch.charge(rows, self.model.rows - rows_before, seconds)

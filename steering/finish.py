@@ -63,7 +63,8 @@ class Finisher:
                 best.x0 = best.guess[:1]
                 best.image = self.model.decode(best.x0)
                 task.ledger.charge("decodes", 1)
-                scores = score(task.reward, best.image, [task.prompt])
+                extra = None if task.metadata is None else [task.metadata]
+                scores = score(task.reward, best.image, [task.prompt], metadata=extra)
                 task.ledger.charge("reward_calls", 1)
                 best.reward = float(scores.value[0])
             except Exception:
@@ -142,11 +143,13 @@ class Finisher:
 
     def _recipe(self, task: Task) -> Recipe:
         call = getattr(self.model, "call_kwargs", {})
+        extra = [describe_value(t.metadata) for t in self.tasks]
         return Recipe(
             model=self._described,
             call={k: describe_value(v) for k, v in call.items() if k != "prompt"},
             prompts=[t.prompt for t in self.tasks],
             seeds=[t.seed for t in self.tasks],
+            metadata=None if all(m is None for m in extra) else extra,
             prompt=task.index,
             image=0,
             method={"name": task.method.name, "options": _json_options(task)},

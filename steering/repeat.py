@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ def replay(
     pipe: Any = None,  # noqa: ANN401
     reward: object = None,
     method: Method | None = None,
+    metadata: Sequence[Any] | None = None,
     out: str | os.PathLike[str] | None = None,
     **call_kwargs: Any,  # noqa: ANN401
 ) -> Replay:
@@ -58,6 +59,7 @@ def replay(
         pipe: the pipeline, where the recipe cannot name one; its weights must match.
         reward: the reward, where the recipe's was a plain callable.
         method: the method, where the recipe's is not registered or holds a function.
+        metadata: one per prompt of the recipe, where it could not store them.
         out: folder for the repeated pictures.
         **call_kwargs: call arguments the recipe could not store (images, tensors).
 
@@ -67,7 +69,7 @@ def replay(
     recipe = read(path)
     if recipe.engine.get("stopped"):
         raise RecipeError(f"{path}: made by a run that was stopped; such a run has no repeat.")
-    call = _call(recipe, call_kwargs)
+    call, metadata = _call(recipe, call_kwargs), _metadata(recipe, metadata)
     pipe = _pipe(recipe, pipe)
     method = _method(recipe, path) if method is None else build_method(method)
     if reward is None and recipe.reward is None:
@@ -82,6 +84,7 @@ def replay(
             method=method,
             budget=_budget(recipe, path),
             seed=recipe.seeds,
+            metadata=metadata,
             heldout=[recipe_reward(spec) for spec in recipe.heldout if spec is not None] or None,
             max_batch=recipe.engine.get("max_batch"),
             **call,
@@ -117,6 +120,13 @@ def _call(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
             f"The recipe could not store {', '.join(lost)}. Pass them again as keyword arguments."
         )
     return call
+
+
+def _metadata(recipe: Recipe, given: Sequence[Any] | None) -> Sequence[Any] | None:
+    found = recipe.metadata if given is None else given
+    if any(isinstance(m, dict) and "$unavailable" in m for m in found or ()):
+        raise RecipeError("The recipe could not store the prompts' metadata. Pass metadata=[...].")
+    return found
 
 
 def _pipe(recipe: Recipe, pipe: Any) -> Any:  # noqa: ANN401
