@@ -36,6 +36,7 @@ def steer(
     options: dict[str, Any] | None = None,
     budget: Budget | None = None,
     max_batch: int | None = None,
+    deduplicate: bool = True,
     listener: Listener | None = None,
     cancelled: Callable[[], bool] | None = None,
     **call_kwargs: Any,  # noqa: ANN401
@@ -57,8 +58,11 @@ def steer(
         options: options of the method named by ``method``.
         budget: further caps (reward calls, seconds). A run whose seconds are over returns its
             best so far, as a cancelled one does.
-        max_batch: most rows per network call (by default the model's own wish, or 64); halves by
+        max_batch: most rows per network call. By default the model's own wish, or 64, and less
+            where memory could be short and one row, run alone, shows that fewer fit. Halves by
             itself when memory runs out.
+        deduplicate: rows of one network call that are copies of each other are computed once;
+            they still count as asked, see ``Ledger.deduplicated``.
         listener: called as listener(task, progress) while running.
         cancelled: asked between calls; True returns the best so far.
         **call_kwargs: what ``pipe(...)`` takes besides the prompt (checked against it).
@@ -86,7 +90,14 @@ def steer(
         tasks = _tasks(model, chosen, guide, _caps(nfe, budget), seed, metadata)
         folder = None if out is None else writable_folder(out)
         limit = getattr(model, "max_batch", None) or 64 if max_batch is None else max_batch
-        engine = Engine(model, max_batch=limit, listener=listener, cancelled=cancelled)
+        engine = Engine(
+            model,
+            max_batch=limit,
+            listener=listener,
+            cancelled=cancelled,
+            deduplicate=deduplicate,
+            careful=max_batch is None,
+        )
         engine.run(tasks)
         finish = Finisher(model, tasks, verifiers, engine, folder if many else None)
         results = finish.all()
@@ -250,6 +261,14 @@ def _seeds(seed: Any, n: int) -> list[int]:  # noqa: ANN401
     return [int(s) for s in listed]
 
 
+def _metadata(metadata: Any, n: int) -> list[Any]:  # noqa: ANN401
+    if metadata is None:
+        return [None] * n
+    if not isinstance(metadata, list | tuple) or len(metadata) != n:
+        raise OptionError(f"metadata must be a list with one entry per prompt ({n}).")
+    return list(metadata)
+
+
 def _single(result: Result | None, task: Task, folder: Any) -> Result:  # noqa: ANN401
     if result is not None and folder is not None:
         result.save(folder)
@@ -259,14 +278,6 @@ def _single(result: Result | None, task: Task, folder: Any) -> Result:  # noqa: 
     if result is None:
         raise SteeringError("The run was cancelled before there was anything to show.")
     return result
-
-
-def _metadata(metadata: Any, n: int) -> list[Any]:  # noqa: ANN401
-    if metadata is None:
-        return [None] * n
-    if not isinstance(metadata, list | tuple) or len(metadata) != n:
-        raise OptionError(f"metadata must be a list with one entry per prompt ({n}).")
-    return list(metadata)
 
 
 def _several(results: list[Result | None], tasks: list[Task]) -> list[Result]:

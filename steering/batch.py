@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -110,9 +110,19 @@ class Batch:
             return [v for v, n in zip(values, self.counts, strict=True) for _ in range(n)]
         return [values[k] for k in self.owner[rows].tolist()]
 
-    def charge(self, rows: Tensor | None, evaluated: int, seconds: float) -> None:
-        """Books a call. Network rows are measured for the call and split as costs expect."""
-        if len(self.tasks) == 1:
+    def charge(
+        self,
+        rows: Tensor | None,
+        evaluated: int,
+        seconds: float,
+        kept: Sequence[int] | None = None,
+    ) -> None:
+        """Books a call. Network rows are measured for the call and split as costs expect.
+
+        Args:
+            kept: places among the rows of those that were computed, where the others are copies.
+        """
+        if len(self.tasks) == 1 and kept is None:
             ledger = self.tasks[0].ledger
             asked = len(self) if rows is None else len(rows)
             spent = evaluated if self.kind is Denoise else asked
@@ -120,15 +130,22 @@ class Batch:
             ledger.charge_seconds(_KIND[self.kind], seconds)
             return
         rows = self.order if rows is None else rows
-        share = torch.bincount(self.owner[rows], minlength=len(self.tasks))
+        share = self._share(rows)
         expected = self._expected(rows, share) if self.kind is Denoise else share.double()
-        scale = evaluated / float(expected.sum()) if self.kind is Denoise else 1.0
+        computed = expected
+        if kept is not None:
+            some = rows[torch.tensor(kept)]
+            computed = self._expected(some, self._share(some))
+        scale = evaluated / float(computed.sum()) if self.kind is Denoise else 1.0
         for k in share.nonzero().flatten().tolist():
-            ledger = self.tasks[k].ledger
-            ledger.charge(
-                _COUNTER[self.kind], round(float(expected[k]) * scale), backward=self.grad
-            )
+            ledger, asked = self.tasks[k].ledger, round(float(expected[k]) * scale)
+            ledger.charge(_COUNTER[self.kind], asked, backward=self.grad)
+            ledger.charge("deduplicated", asked - round(float(computed[k]) * scale))
             ledger.charge_seconds(_KIND[self.kind], seconds * int(share[k]) / len(rows))
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """How many of the rows are each task's."""
+        return torch.bincount(self.owner[rows], minlength=len(self.tasks))
 
     def _expected(self, rows: Tensor, share: Tensor) -> Tensor:
         if self._levels is None:
@@ -204,7 +221,7 @@ def _join(parts: list[Any]) -> Any:  # noqa: ANN401
     return _one(parts)
 
 
-def _columns(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _columns(parts: list[dict[str, Any]], join: Any = _one) -> dict[str, Any]:  # noqa: ANN401
     """The columns that every part has."""
     names = set.intersection(*map(set, parts))
     return {k: _one([p[k] for p in parts]) for k in sorted(names)}

@@ -10,6 +10,7 @@ Nothing a task sees depends on its neighbours except rounding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections import deque
@@ -21,8 +22,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from steering.batch import Batch, out_of_memory, rows_of, times_of
+from steering.duplicates import distinct
 from steering.errors import BudgetError, OptionError, TimeUp
 from steering.gradients import Graphs, no_gradient
+from steering.memory import Care
 from steering.method import Context
 from steering.model import Model
 from steering.paths import Prediction
@@ -51,6 +54,8 @@ class Engine:
         max_batch: most rows per call; halved when memory runs out, for the rest of the run.
         listener: called with every Progress.
         cancelled: asked between calls; True stops all tasks at their best so far.
+        deduplicate: rows of one call that are copies of each other are computed once.
+        careful: where memory could be short, look what one row takes before wide calls.
 
     Raises:
         OptionError: max_batch below 1.
@@ -63,14 +68,17 @@ class Engine:
         max_batch: int = 64,
         listener: Listener | None = None,
         cancelled: Callable[[], bool] | None = None,
+        deduplicate: bool = True,
+        careful: bool = False,
     ) -> None:
         if max_batch < 1:
             raise OptionError(f"max_batch must be at least 1, got {max_batch}.")
         self.model = model
         self.listener = listener
         self.cancelled = cancelled or (lambda: False)
-        self.max_batch = max_batch
+        self.max_batch, self.deduplicate = max_batch, deduplicate
         self.limits: dict[type, int] = dict.fromkeys((Score, Decode, Denoise), max_batch)
+        self.care = Care(model.device, self.limits) if careful else None
         self.graphs = Graphs(self.limits)
         self._tasks: list[Task] = []
         self._done: deque[Task] = deque()
@@ -223,7 +231,13 @@ class Engine:
         A chunk that fails in company is repeated task by task to find whose error it is. Rows
         that succeeded are not run, and not charged, a second time.
         """
-        if len(batch.tasks) == 1 and batch.in_order and len(batch) <= self._size(batch):
+        look = (
+            self.care is not None
+            and not _whole(batch.tasks[0], batch.kind)
+            and self.care.wants(batch)
+        )
+        alone = len(batch.tasks) == 1 and batch.in_order
+        if alone and not look and len(batch) <= self._size(batch):
             try:
                 return [self._evaluate(batch, None)]
             except Exception as error:
@@ -233,14 +247,17 @@ class Engine:
         errors: dict[int, Exception] = {}
         while todo:
             rows = batch.without(todo.pop(), errors)
-            size = self._size(batch)
+            size = 1 if look else self._size(batch)
             if len(rows) > size:
                 todo.append(rows[size:])
             rows = rows[:size]
             if len(rows) == 0:
                 continue
+            watch = self.care.watching(batch) if self.care and look else contextlib.nullcontext()
+            look = False
             try:
-                parts.append((rows, self._evaluate(batch, rows)))
+                with watch:
+                    parts.append((rows, self._evaluate(batch, rows)))
             except Exception as error:
                 owners = batch.by_owner(rows)
                 if self._halved(batch, len(rows), error):
@@ -268,8 +285,12 @@ class Engine:
         whole = rows is None or (len(rows) == len(batch) and batch.in_order)
         data = batch.data if whole else batch.data[rows]
         answer: Any
-        if batch.kind is not Score:
-            answer = self._ask(batch, data, rows)
+        kept: list[int] | None = None
+        if batch.kind is Denoise:
+            answer, kept = self._predict(batch, data, rows)
+        elif batch.kind is Decode:
+            small = getattr(self.model, "decode_preview", None) if batch.preview else None
+            answer = _call_of(batch, small or self.model.decode)(data)
         else:
             for task, request in zip(batch.tasks, batch.requests, strict=True):
                 task.best.seen(request)
@@ -280,26 +301,37 @@ class Engine:
                 answer = score(batch.tasks[0].reward, data, prompts, metadata=extra)
         self._finish_device()
         seconds = time.perf_counter() - started
-        batch.charge(rows, self.model.rows - rows_before, seconds)
+        batch.charge(rows, self.model.rows - rows_before, seconds, kept)
         return answer
 
-    def _ask(self, batch: Batch, data: Tensor, rows: Tensor | None) -> Prediction | Tensor:
-        """Asks the model; a checkpointed call keeps its input only and runs again backwards."""
-        small = getattr(self.model, "decode_preview", None) if batch.preview else None
-        call: Callable[[Tensor], Any] = functools.partial(
-            small or self.model.decode, grad=batch.grad
-        )
-        if batch.kind is Denoise:
-            at: dict[str, Any] = {"t": batch.times(rows), "cond": batch.conds(rows)}
-            call = functools.partial(self.model.predict, grad=batch.grad, **at)
-        if not batch.checkpoint:
-            return call(data)
-        return checkpoint(call, data, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+    def _predict(
+        self, batch: Batch, x: Tensor, rows: Tensor | None
+    ) -> tuple[Prediction, list[int] | None]:
+        """The network's answer, and which rows were computed where some are copies of others."""
+        t, conds = batch.times(rows), batch.conds(rows)
+        predict = _call_of(batch, self.model.predict)
+        # The derivatives of copies are each their own.
+        found = distinct(x, t, conds) if self.deduplicate and not batch.grad else None
+        if found is None:
+            return predict(x, t=t, cond=conds), None
+        kept, back = found
+        levels = [t[k] for k in kept] if isinstance(t, list) else t
+        asked = x[torch.tensor(kept, device=x.device)]
+        prediction = predict(asked, t=levels, cond=[conds[k] for k in kept])
+        return prediction.rows(torch.tensor(back, device=prediction.x0.device)), kept
 
     def _finish_device(self) -> None:
         """Waits for the accelerator, so that seconds are those of the call."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
+
+
+def _call_of(batch: Batch, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of the model; a checkpointed one keeps its input only and runs again backwards."""
+    call = functools.partial(call, grad=batch.grad)
+    if not batch.checkpoint:
+        return call
+    return functools.partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
 
 
 def _shared(task: Task, request: Request) -> tuple[object, ...]:

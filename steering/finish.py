@@ -159,6 +159,7 @@ class Finisher:
             engine={
                 "max_batch": self.engine.max_batch,
                 "limits": {k.__name__: v for k, v in self.engine.limits.items()},
+                "deduplicate": self.engine.deduplicate,
                 "threads": torch.get_num_threads(),
                 "stopped": task.outcome is None,
             },

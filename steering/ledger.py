@@ -42,7 +42,10 @@ class Ledger:
     """What one run has spent.
 
     Attributes:
-        nfe: rows through the denoising network, counted by a hook on it.
+        nfe: rows asked of the denoising network, counted by a hook on it.
+        deduplicated: of these, rows not computed, because another row of the same call asked the
+            same; what was computed is ``nfe - deduplicated``. Budgets and forecasts speak of
+            ``nfe``, so equal compute does not depend on it.
         nfe_backward: of these, rows asked with a graph, to be differentiated; those of a graph
             that is differentiated more than once count once for each time.
         nfe_recomputed: rows run again to differentiate checkpointed calls; not in ``nfe``.
@@ -53,6 +56,7 @@ class Ledger:
     """
 
     nfe: int = 0
+    deduplicated: int = 0
     nfe_backward: int = 0
     nfe_recomputed: int = 0
     decodes: int = 0

@@ -87,6 +87,7 @@ def replay(
             metadata=metadata,
             heldout=[recipe_reward(spec) for spec in recipe.heldout if spec is not None] or None,
             max_batch=recipe.engine.get("max_batch"),
+            deduplicate=recipe.engine.get("deduplicate", False),
             **call,
         )
     result = results[recipe.prompt] if isinstance(results, list) else results

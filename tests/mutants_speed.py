@@ -1,0 +1,67 @@
+"""Mutants of what makes runs fast without changing a number."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+NOISE = "tests/test_noise.py"
+TWICE = "tests/test_duplicates.py"
+
+MUTANTS = (
+    Mutant(
+        "noise ahead: one key for all rows of a pass",
+        "steering/noise.py",
+        "low, high = ((digests >> s",
+        "low, high = ((digests[:1].repeat(len(keys)) >> s",
+        (f"{NOISE}::test_many_streams_in_one_pass_give_the_numbers_of_each",),
+    ),
+    Mutant(
+        "noise ahead: rows in the order of drawing",
+        "steering/noise.py",
+        "[self._rows.pop(name) for name in wanted]",
+        "[self._rows.pop(name) for name in sorted(wanted)]",
+        (f"{NOISE}::test_noise_drawn_ahead_is_the_noise_of_its_name",),
+    ),
+    Mutant(
+        "noise ahead: without bounds",
+        "steering/noise.py",
+        "_AHEAD = 2**16",
+        "_AHEAD = 2**40",
+        (f"{NOISE}::test_what_is_expected_is_drawn_in_one_pass_within_bounds",),
+    ),
+    Mutant(
+        "copies: prompts forgotten",
+        "steering/duplicates.py",
+        "(*row, level, cond) for",
+        "(*row, level) for",
+        (f"{TWICE}::test_equal_states_at_other_levels_or_of_other_prompts_are_other_questions",),
+    ),
+    Mutant(
+        "copies: levels forgotten",
+        "steering/duplicates.py",
+        "(*row, level, cond) for",
+        "(*row, cond) for",
+        (f"{TWICE}::test_equal_states_at_other_levels_or_of_other_prompts_are_other_questions",),
+    ),
+    Mutant(
+        "copies: a few numbers stand for the whole state",
+        "steering/duplicates.py",
+        "seen.setdefault(_bits(flat[k]), k)",
+        "group[0]",
+        (f"{TWICE}::test_one_number_anywhere_makes_another_question",),
+    ),
+    Mutant(
+        "copies: one graph for all of them",
+        "steering/engine.py",
+        "if self.deduplicate and not batch.grad else None",
+        "if self.deduplicate else None",
+        (f"{TWICE}::test_derivatives_of_copies_are_each_their_own",),
+    ),
+    Mutant(
+        "copies: only what was computed is charged",
+        "steering/batch.py",
+        "asked = self.tasks[k].ledger, round(float(expected[k]) * scale)",
+        "asked = self.tasks[k].ledger, round(float(computed[k]) * scale)",
+        (f"{TWICE}::test_a_copy_is_computed_once_counted_as_asked_and_answered_in_its_place",),
+    ),
+)
