@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.errors import OptionError
 from steering.scoring import Reward as RewardProtocol
-from steering.scoring import Scores, check_scores, labels
+from steering.scoring import Scores, Term, check_scores, labels
 
 
 class Arithmetic:
@@ -116,7 +116,7 @@ class WeightedSum(Arithmetic):
         *,
         metadata: Sequence[Any] | None = None,
     ) -> Scores:
-        """The sum, with the components in ``parts`` and, weighted, in ``terms``.
+        """The sum, with the components in ``parts`` and, with their weights, in ``terms``.
 
         Raises:
             RewardError: a component returned the wrong number of values, NaN or +inf.
@@ -125,7 +125,7 @@ class WeightedSum(Arithmetic):
         keys = labels([reward for _, reward in self.terms])
         total: Tensor | None = None
         parts: dict[str, Tensor] = {}
-        terms: dict[str, Tensor] = {}
+        terms: dict[str, Term] = {}
         notes: dict[str, list[str]] = {}
         for key, (weight, reward) in zip(keys, self.terms, strict=True):
             found = reward(images, prompts, metadata=metadata)
@@ -136,7 +136,8 @@ class WeightedSum(Arithmetic):
             # Left out rather than multiplied: 0 * -inf would be NaN.
             value = weight * found.value if weight else torch.zeros_like(found.value)
             total = value if total is None else total + value.to(total.device)
-            terms.update({key: value} if weight else {})
+            if weight:
+                terms[key] = Term(torch.full_like(found.value, weight), found.value)
         assert total is not None
         return Scores(value=total + self.offset, parts=parts, notes=notes, terms=terms)
 

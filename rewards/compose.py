@@ -45,10 +45,10 @@ class ZSum(Calibrated):
 
     def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         if self.calibration is None:
-            return _per_prompt(values, prompts, _standardised)
-        return self.scaled(values)
+            return self.weights(values), _per_prompt(values, prompts, _standardised)
+        return self.weights(values), self.scaled(values)
 
 
 @register("rank")
@@ -161,8 +161,8 @@ class ClippedGradient(Ensemble):
 
     def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
-    ) -> Tensor:
-        return values
+    ) -> tuple[Tensor, Tensor]:
+        return self.weights(values), values
 
     def ask(
         self,
@@ -227,15 +227,12 @@ class ByCategory(Calibrated):
 
     def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
-    ) -> Tensor:
-        scaled = self.scaled(values)
+    ) -> tuple[Tensor, Tensor]:
         rows = [
             [weight_of(self.table, self._category(p, m), column) for column in self.columns]
             for p, m in zip(prompts, metadata or [None] * len(prompts), strict=True)
         ]
-        weights = scaled.new_tensor(rows)
-        # Left out where zero: 0 * -inf would be NaN.
-        return torch.where(weights == 0, torch.zeros_like(scaled), weights * scaled)
+        return self.weights(values) * values.new_tensor(rows), self.scaled(values)
 
     def _category(self, prompt: Any, metadata: Any) -> Any:  # noqa: ANN401
         if prompt in self.categories:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from steering.rewards.arithmetic import Arithmetic, WeightedSum
 from steering.rewards.calibration import Calibration
 from steering.rewards.images import check_prompts
 from steering.rewards.spec import as_reward, call_spec
-from steering.scoring import Reward, Scores, check_scores, labels
+from steering.scoring import Reward, Scores, Term, check_scores, labels
 
 
 class Ensemble(Arithmetic):
@@ -104,20 +104,16 @@ class Ensemble(Arithmetic):
         if added is None:
             total = self.combine(table, prompts, metadata)
             return Scores(value=total.float(), parts=parts, notes=notes)
-        terms = {
-            key: weight * column.float()
-            for key, (weight, _), column in zip(
-                self._keys(), self.terms, added.unbind(1), strict=True
-            )
-            if weight
-        }
-        return Scores(value=self.sum(added).float(), parts=parts, notes=notes, terms=terms)
+        columns = zip(*(part.float().unbind(1) for part in added), strict=True)
+        terms = dict(zip(self._keys(), (Term(w, value) for w, value in columns), strict=True))
+        total = sum_of(terms.values(), like=table[:, 0].float())
+        return Scores(value=total, parts=parts, notes=notes, terms=terms)
 
     def added(
         self, values: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
-    ) -> Tensor | None:
-        """What of the members' values [n, k] is added up, by their weights; None where the value
-        is no sum. Subclasses write this, or `combine`."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """(weights, columns), [n, k] each, whose products are added up, from the members' values
+        [n, k]; None where the value is no sum. Subclasses write this, or `combine`."""
         return None
 
     def combine(
@@ -139,12 +135,17 @@ class Ensemble(Arithmetic):
     def _keys(self) -> list[str]:
         return labels([reward for _, reward in self.terms])
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Weighted sum over members; one of weight 0 is left out, as 0 * -inf would be NaN."""
-        total = torch.zeros_like(values[:, 0])
-        for column, (weight, _) in enumerate(self.terms):
-            total = total + weight * values[:, column] if weight else total
-        return total
+    def weights(self, values: Tensor) -> Tensor:
+        """The members' weights, like their values [n, k]."""
+        return values.new_tensor([weight for weight, _ in self.terms]).expand_as(values)
+
+
+def sum_of(terms: Iterable[Term], like: Tensor) -> Tensor:
+    """Sum of weight * value, [n]; what has weight 0 is left out, as 0 * -inf would be NaN."""
+    total = nothing = torch.zeros_like(like)
+    for weight, value in terms:
+        total = total + torch.where(weight == 0, nothing, weight * value)
+    return total
 
 
 def _term(reward: Reward, weighted: bool) -> tuple[float, Reward]:

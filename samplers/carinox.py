@@ -14,7 +14,7 @@ from steering.errors import OptionError
 from steering.registry import METHODS
 from steering.requests import Gradient, Request
 from steering.samplers.noise_optimisation import NoiseOptimisation, clipped
-from steering.scoring import Scores
+from steering.scoring import Scores, Term
 
 
 @METHODS.register("carinox")
@@ -23,18 +23,18 @@ class CARINOX(NoiseOptimisation):
     """Category-aware reward-based initial noise optimisation and exploration (2509.17458).
 
     The components are the terms of a reward that is a sum (``a - 0.5*b``, ``zsum``,
-    ``category``), with their signs and weights; any other reward is one component. The gradient of
-    each is clipped by itself before they are added, so that none drowns the others, whatever its
-    scale; then the sum is clipped again. The radius penalty is added once (the published code adds
-    it once per component).
+    ``category``); any other reward is one component. The gradient of each is clipped by itself,
+    so that none drowns the others, whatever its scale; they are added with the signs and weights
+    they have in the sum, and the sum is clipped again. The radius penalty is added once (the
+    published code adds it once per component).
 
     Every component takes a backward pass of its own, and the ledger counts each of them.
 
     Attributes:
-        weights: factor of a component's clipped gradient, by its name among the terms of the
-            reward; 1 for those not named, 0 leaves one out. Weights by category of the prompt
-            belong to the reward itself.
-        component_clip: largest norm of one component's gradient of a row.
+        weights: further factor of a component, by its name among the terms of the reward; 1 for
+            those not named, 0 leaves one out. Weights by category of the prompt belong to the
+            reward itself.
+        component_clip: largest norm of one component's gradient of a row, before its weight.
     """
 
     restarts: int = 5
@@ -66,16 +66,16 @@ class CARINOX(NoiseOptimisation):
         """The weighted sum of the components' directions, each clipped by itself."""
         components = self._components(scores)
         total = [torch.zeros_like(z) for z in free]
-        for j, (weight, component) in enumerate(components):
-            value, more = self._scale * component, j + 1 < len(components)
-            slopes = yield Gradient(value, free, retain=more)
+        for j, (weight, value) in enumerate(components):
+            more = j + 1 < len(components)
+            slopes = yield Gradient(self._scale * value, free, retain=more)
             like = [s.to(z) for s, z in zip(slopes, free, strict=True)]
             mine = clipped(like, self.component_clip)
-            total = [a + weight * b for a, b in zip(total, mine, strict=True)]
+            total = [a + _per_row(weight, b) * b for a, b in zip(total, mine, strict=True)]
         return tuple(total)
 
-    def _components(self, scores: Scores) -> list[tuple[float, Tensor]]:
-        """(weight, component) pairs: the reward's terms, or the reward where it is no sum.
+    def _components(self, scores: Scores) -> list[Term]:
+        """The reward's terms under ``weights``, or the reward where it is no sum.
 
         Raises:
             OptionError: a weight for a component that the reward does not have, or 0 for all.
@@ -88,9 +88,15 @@ class CARINOX(NoiseOptimisation):
                 f"{', '.join(terms) or 'none, because it is no sum'}."
             )
         if not terms:
-            return [(1.0, scores.value)]
-        named = [(weights.get(name, 1.0), term) for name, term in terms.items()]
-        live = [(weight, term) for weight, term in named if weight and term.requires_grad]
+            return [Term(torch.ones_like(scores.value), scores.value)]
+        named = [Term(weights.get(k, 1.0) * w, value) for k, (w, value) in terms.items()]
+        live = [term for term in named if term.value.requires_grad and bool(term.weight.any())]
         if not live:
-            raise OptionError(f"carinox: weights={weights} leave no component to climb.")
+            raise OptionError(
+                "carinox: the weights leave no component to climb; raise one of them."
+            )
         return live
+
+
+def _per_row(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.detach().to(like).reshape(-1, *[1] * (like.ndim - 1))

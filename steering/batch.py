@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steering.paths import Prediction, Time
 from steering.requests import Decode, Denoise, Gradient, Request, Score
-from steering.scoring import Scores
+from steering.scoring import Scores, Term
 from steering.task import Task
 
 _KIND = {Score: "reward", Decode: "decode", Denoise: "denoise"}
@@ -216,7 +216,7 @@ def _join(parts: list[Any]) -> Any:  # noqa: ANN401
         merged = _columns([p.parts for p in parts])
         kept = set.intersection(*[set(p.notes) for p in parts])
         notes = {k: [text for p in parts for text in p.notes[k]] for k in sorted(kept)}
-        terms = _columns([p.terms for p in parts])
+        terms = _columns([p.terms for p in parts], _joined)
         return Scores(_one([p.value for p in parts]), merged, notes=notes, terms=terms)
     return _one(parts)
 
@@ -224,7 +224,11 @@ def _join(parts: list[Any]) -> Any:  # noqa: ANN401
 def _columns(parts: list[dict[str, Any]], join: Any = _one) -> dict[str, Any]:  # noqa: ANN401
     """The columns that every part has."""
     names = set.intersection(*map(set, parts))
-    return {k: _one([p[k] for p in parts]) for k in sorted(names)}
+    return {k: join([p[k] for p in parts]) for k in sorted(names)}
+
+
+def _joined(terms: list[Term]) -> Term:
+    return Term(_one([t.weight for t in terms]), _one([t.value for t in terms]))
 
 
 def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
@@ -236,6 +240,6 @@ def _take(whole: Any, index: Any) -> Any:  # noqa: ANN401
             rows = torch.arange(len(whole.value))[index].tolist()
             notes = {k: [texts[i] for i in rows] for k, texts in whole.notes.items()}
         parts = {k: v[index] for k, v in whole.parts.items()}
-        terms = {k: v[index] for k, v in whole.terms.items()}
+        terms = {k: Term(w[index], v[index]) for k, (w, v) in whole.terms.items()}
         return Scores(whole.value[index], parts, notes=notes, terms=terms)
     return whole[index]

@@ -20,7 +20,7 @@ from steering.batch import out_of_memory, rows_of
 from steering.errors import OptionError, RewardError, SteeringError
 from steering.paths import Prediction
 from steering.requests import Gradient, Request
-from steering.scoring import Scores
+from steering.scoring import Scores, Term
 
 if TYPE_CHECKING:
     from steering.task import Task
@@ -112,10 +112,8 @@ class Graphs:
             names = [f.name for f in fields(value)]
             return type(value)(**{k: self._sealed(getattr(value, k)) for k in names})
         if isinstance(value, Scores):
-            parts, terms = (
-                {k: self._sealed(v) for k, v in columns.items()}
-                for columns in (value.parts, value.terms)
-            )
+            parts = {k: self._sealed(v) for k, v in value.parts.items()}
+            terms = {k: Term(w, self._sealed(v)) for k, (w, v) in value.terms.items()}
             return replace(value, value=self._sealed(value.value), parts=parts, terms=terms)
         return value
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from steering.errors import OptionError, RewardError
+
+
+class Term(NamedTuple):
+    """A term ``weight * value`` of a sum, [n] each; the weight has a sign and no gradient."""
+
+    weight: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,16 +33,15 @@ class Scores:
         parts: named components, [n] each, for reports.
         valid: [n] bool; False where no score could be had (a judge's answer did not parse).
         notes: named texts, one per image: what a judge wrote, what was read in a picture.
-        terms: where ``value`` is a sum, its terms with sign and weight, [n] each; they add up to
-            it but for a constant. Empty elsewhere. What is to be differentiated piece by piece is
-            in here, not in ``parts``.
+        terms: where ``value`` is a sum, what it is made of, but for a constant; empty elsewhere.
+            What is to be differentiated piece by piece is in here, not in ``parts``.
     """
 
     value: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     valid: Tensor | None = None
     notes: dict[str, list[str]] = field(default_factory=dict)
-    terms: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Term] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -150,7 +156,8 @@ def check_scores(scores: object, name: str, n: int, where: str) -> Scores:
             "and differentiable must return steering.scoring.Scores. A plain function may return "
             "a tensor or a list."
         )
-    for part, values in [*scores.parts.items(), *scores.terms.items()]:
+    terms = [(name, column) for name, term in scores.terms.items() for column in term]
+    for part, values in [*scores.parts.items(), *terms]:
         if not isinstance(values, Tensor) or values.shape[:1] != (n,):
             raise RewardError(
                 f"Reward {name!r}: part {part!r} must be a tensor with one entry per image, {n} "

@@ -46,30 +46,31 @@ MUTANTS = (
         "components clipped together",
         "samplers/carinox.py",
         "components = self._components(scores)",
-        "components = [(1.0, scores.value)]",
+        "components = [Term(torch.ones_like(scores.value), scores.value)]",
         (f"{NOISE}::test_components_are_clipped_apart",),
     ),
     Mutant(
         "weights of components before the clip",
         "samplers/carinox.py",
-        "mine = clipped(like, self.component_clip)\n            total = [a + weight * b for",
-        "mine = clipped([weight * s for s in like], self.component_clip)\n"
+        "mine = clipped(like, self.component_clip)\n"
+        "            total = [a + _per_row(weight, b) * b for",
+        "mine = clipped([_per_row(weight, s) * s for s in like], self.component_clip)\n"
         "            total = [a + b for",
         (f"{CARINOX}::test_weights_count_after_the_clip",),
     ),
     Mutant(
         "parts before their weights are climbed",
         "rewards/arithmetic.py",
-        "terms.update({key: value} if weight else {})",
-        "terms.update({key: found.value})",
+        "Term(torch.full_like(found.value, weight), found.value)",
+        "Term(torch.ones_like(found.value), found.value)",
         (f"{CARINOX}::test_without_clips_the_sum_of_all_components_is_the_slope_of_the_reward",),
     ),
     Mutant(
         "a member's weight is no part of its term",
-        "rewards/ensemble.py",
-        "key: weight * column.float()",
-        "key: column.float()",
-        (f"{CARINOX}::test_without_clips_the_sum_of_all_components_is_the_slope_of_the_reward",),
+        "rewards/compose.py",
+        "return self.weights(values) * values.new_tensor(rows), self.scaled(values)",
+        "return values.new_tensor(rows), self.scaled(values)",
+        (f"{CARINOX}::test_weights_count_after_the_clip",),
     ),
     Mutant(
         "terms are dropped where rows are split",

@@ -45,11 +45,12 @@ COLOURS = {"color": {"first": 0.25, "second": 2.0}, "shape": {"first": 1.0, "sec
 
 
 def by_category(kind: str) -> ByCategory:
-    return ByCategory(A, B, weights=COLOURS, categories={"p": kind})
+    kinds = {"p": kind, "q": "shape", "r": "color"}
+    return ByCategory(A, 2.0 * B, weights=COLOURS, categories=kinds)
 
 
-def world(steps: int = 3) -> GaussianMixture:
-    return GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=steps, prompts=("p",))
+def world(steps: int = 3, prompts: str = "p") -> GaussianMixture:
+    return GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=steps, prompts=tuple(prompts))
 
 
 def step(cls: type, reward: object, **options: object) -> torch.Tensor:
@@ -104,11 +105,12 @@ def test_what_is_subtracted_goes_down():
     assert ahead[1] < -0.01
 
 
-def test_weights_of_the_category_reach_the_gradient():
-    """A member of weight 0 in this category does not move the noise."""
+def test_a_member_of_weight_zero_in_this_category_stands_still():
     ahead = step(CARINOX, by_category("shape"))
     assert ahead[0] > 0.01
-    assert abs(float(ahead[1])) < 1e-6
+    assert ahead[1] == 0.0
+    ledger = spent(CARINOX(n_iterations=3, restarts=2), by_category("shape"))
+    assert ledger.nfe_backward == 32  # nor is it differentiated
 
 
 # --- weights ----------------------------------------------------------------------------------
@@ -116,11 +118,17 @@ def test_weights_of_the_category_reach_the_gradient():
 
 @pytest.mark.parametrize("clips", [{}, {"clip": 0.1}], ids=["component", "both"])
 def test_weights_count_after_the_clip(clips):
-    """Both components are cut to one length first: 3 : 1 is what the weights make of it."""
-    ahead = step(CARINOX, A + B, weights={"first": 3.0}, **clips)
-    even = step(CARINOX, A + B, **clips)
-    assert float(even[0] / even[1]) == pytest.approx(1.0, rel=1e-3)
-    assert float(ahead[0] / ahead[1]) == pytest.approx(3.0, rel=1e-3)
+    """Both gradients are cut to one length first; their ratio is what the weights make of it."""
+    for reward, weights, ratio in (
+        (A + B, None, 1.0),
+        (A + B, {"first": 3.0}, 3.0),
+        (3.0 * A - B, None, -3.0),
+        (0.5 * A + 2.0 * B, {"first": 3.0}, 0.75),
+        (ZSum(A, 4.0 * B, calibration=MEASURED), None, 0.25),
+        (by_category("color"), None, 0.0625),
+    ):
+        ahead = step(CARINOX, reward, weights=weights, **clips)
+        assert float(ahead[0] / ahead[1]) == pytest.approx(ratio, rel=1e-3)
 
 
 def test_a_component_of_weight_zero_stands_still():
@@ -149,20 +157,17 @@ def test_weights_that_are_none(weight):
         CARINOX(weights={"first": weight})
 
 
-def test_terms_of_many_prompts_stay_with_their_rows():
-    """Rows merged and split by the engine climb as they do alone."""
-    reward = A - 2.0 * B + 0.1 * C
+@pytest.mark.parametrize("max_batch", [4, 64])
+@pytest.mark.parametrize("reward", [A - 2.0 * B + 0.1 * C, by_category("color")], ids=str)
+def test_terms_of_many_prompts_stay_with_their_rows(reward, max_batch):
+    """Rows merged and split by the engine climb as they do alone, each by its own weights."""
     method = CARINOX(n_iterations=3, restarts=2, lr=0.1)
-    prompts = ("p", "q", "r")
     many = steering.steer(
-        GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=3, prompts=prompts),
-        reward=reward, method=method, seed=[3, 4, 5], max_batch=4,
-    )  # fmt: skip
-    for k, prompt in enumerate(prompts):
-        model = GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=3, prompts=(prompt,))
-        one = steering.steer(model, reward=reward, method=method, seed=3 + k)
+        world(prompts="pqr"), reward=reward, method=method, seed=[3, 4, 5], max_batch=max_batch
+    )
+    for k, prompt in enumerate("pqr"):
+        one = steering.steer(world(prompts=prompt), reward=reward, method=method, seed=3 + k)
         torch.testing.assert_close(many[k].samples, one.samples, rtol=0, atol=1e-6)
-        assert many[k].ledger.nfe_backward == one.ledger.nfe_backward
 
 
 # --- what it costs ----------------------------------------------------------------------------
