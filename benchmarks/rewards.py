@@ -1,8 +1,9 @@
 """Claim: rewards score 16 images at least twice as fast as a loop over PIL images does.
 
 The loop is what papers' code does: per image PIL's transform, one forward pass of each tower. Same
-model, same images, same run, taking turns. Rewards without a CLIP stand below, against one call for each
-PIL image: they are not bound by the bar. Also: 32 images of one prompt cost one text encoding.
+model, same images, same run, taking turns. Rewards without a CLIP stand below, against one call
+for each PIL image: they are not bound by the bar. Also: 32 images of one prompt cost one text
+encoding.
 """
 
 from __future__ import annotations
