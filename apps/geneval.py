@@ -47,6 +47,18 @@ Prompts = Annotated[
     str | None,
     typer.Option("--prompts", help="A file like GenEval's evaluation_metadata.jsonl."),
 ]
+Images = Annotated[
+    int,
+    typer.Option("--images-per-prompt", help="Each a run of its own with the whole --nfe."),
+]
+MaxBatch = Annotated[
+    int | None,
+    typer.Option("--max-batch", help="Most rows of one network call; the model's wish, or 64."),
+]
+Listed = Annotated[
+    str | None,
+    typer.Option("--prompts", help="What the folder should hold: a prompts file, or 'stickers'."),
+]
 Number = Annotated[
     int | None, typer.Option("--n", help="Only so many prompts, spread over the list.")
 ]
@@ -74,20 +86,23 @@ def run(
     reward: Annotated[str, typer.Option("--reward", help="Guiding reward.")] = "clip",
     heldout: Heldout = None,
     nfe: Annotated[int | None, typer.Option("--nfe", help="Network rows of one image.")] = None,
-    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt")] = 4,
+    images_per_prompt: Images = 4,
     prompts: Prompts = None,
     n: Number = None,
     settings: Setting = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="The seeds of all images follow.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     retry: Retry = False,
     engine: Annotated[str, typer.Option("--engine", help="local or ray.")] = "local",
     address: Address = None,
     workers: Workers = None,
-    max_batch: Annotated[int | None, typer.Option("--max-batch")] = None,
-    dtype: Annotated[str, typer.Option("--dtype")] = "auto",
+    max_batch: MaxBatch = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, ...")] = "auto",
     device: Device = None,
-    score: Annotated[bool, typer.Option("--score/--no-score", help="Score at the end.")] = True,
+    score: Annotated[
+        bool,
+        typer.Option("--score/--no-score", help="Score at the end; what scores is tried first."),
+    ] = True,
     detector: Detector = None,
     colors: Colors = None,
     as_json: AsJson = False,
@@ -106,6 +121,8 @@ def run(
     )  # fmt: skip
     if engine not in ("local", "ray"):
         raise OptionError(f"--engine {engine!r}: give local or ray.")
+    if score:
+        _check_judges(out, wanted, records, detector, colors, heldout)
     with _workers(wanted, job_of(records[0], 0, 0), engine, address, workers) as (opened, samples):
         _make(out, wanted, opened, samples, records, source, resume, retry)
     given_up = look(out).quarantined
@@ -128,12 +145,13 @@ def score(
     detector: Detector = None,
     colors: Colors = None,
     heldout: Heldout = None,
+    prompts: Listed = None,
     again: Annotated[bool, typer.Option("--again", help="Forget earlier verdicts.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Score the images of a folder; those that have a verdict are skipped."""
-    done = _score(folder, detector, colors, heldout, again, device)
+    done = _score(folder, detector, colors, heldout, again, device, prompts)
     if as_json:
         problems = {"unreadable": done.unreadable, "missing": done.contents.missing}
         typer.echo(json.dumps({"new": done.new, "known": done.known, **problems}))
@@ -149,7 +167,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a table, write card.json into each folder, and a comparison page."""
+    """Print a table, write card.json into each folder, and with --html a comparison page."""
     from steering.apps.geneval_page import write_page
     from steering.apps.geneval_report import open_scored, tabulate, warnings, write_card
 
@@ -240,6 +258,26 @@ def _make(
             raise typer.Exit(130) from None
 
 
+def _check_judges(
+    out: Path,
+    settings: Settings,
+    records: list[Metadata],
+    detector: str | None,
+    colors: str | None,
+    heldout: list[str] | None,
+) -> None:
+    """Opens what will score the images, so that a mistake in it costs no image."""
+    from steering.apps.geneval_folder import read_run
+    from steering.apps.geneval_judges import open_judges
+
+    path = out / "run.json"
+    before = read_run(path).get("heldout", []) if path.is_file() else []
+    run = {"model": {"source": settings.model}, "reward": settings.reward, "heldout": before}
+    # on the CPU: the accelerator's memory is the model's
+    judges = open_judges(run, detector=detector, colors=colors, heldout=heldout, device="cpu")
+    judges.check(out, records)
+
+
 def _score(
     folder: Path,
     detector: str | None,
@@ -247,28 +285,23 @@ def _score(
     heldout: list[str] | None,
     again: bool,
     device: str | None,
+    prompts: str | None = None,
 ) -> Any:  # noqa: ANN401
     """Scores a folder and says what is wrong with it."""
     from steering.apps.geneval_folder import look
-    from steering.apps.geneval_score import adapted, embedder, score_folder
-    from steering.rewards.geneval_colors import Scorer, open_colors
-    from steering.rewards.geneval_detectors import open_detector
+    from steering.apps.geneval_judges import open_judges
+    from steering.apps.geneval_score import score_folder
     from steering.rewards.images import default_device
-    from steering.scoring import recipe_reward
 
     gc.collect()  # the pipeline, whose room the detector may need
-    device = device or default_device()
-    run = look(folder).run or {}
-    ours = str(run.get("model", {}).get("source")).startswith(STICKERS)
-    detector = detector or (STICKERS if ours else "mask2former")
-    colors = colors or (STICKERS if detector == STICKERS else "clip")
-    judges = Scorer(open_detector(detector, device=device), open_colors(colors, device=device))
-    named = map(recipe_reward, run.get("heldout", [])) if heldout is None else heldout
-    verifiers, guide = adapted(list(named), run, device)
-    embed, embed_name = embedder(judges, device)
+    listed = None if prompts is None else _prompts(prompts, STICKERS, None)[0]
+    judges = open_judges(
+        look(folder).run or {}, detector=detector, colors=colors, heldout=heldout,
+        device=device or default_device(),
+    )  # fmt: skip
     done = score_folder(
-        folder, judges, heldout=verifiers, guide=guide, embed=embed, embed_name=embed_name,
-        device=device, again=again,
+        folder, judges.scorer, heldout=judges.heldout, guide=judges.guide, embed=judges.embed,
+        embed_name=judges.embed_name, device=judges.device, prompts=listed, again=again,
     )  # fmt: skip
     for title, lines in (
         ("cannot be read", done.unreadable),

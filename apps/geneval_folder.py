@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from steering.stickers.grammar import Metadata
 FORMAT, VERSION = "steering-geneval", 1
 MAX_TRIES = 2  # of an image, then it is given up
 Key = tuple[int, int]
-_IDENTITY = ("model", "call", "method", "reward", "heldout", "nfe", "images_per_prompt", "seed")
+_IDENTITY = ("model", "call", "method", "reward", "nfe", "images_per_prompt", "seed")
 _IMAGE = re.compile(r"(\d+)\.png")
 
 
@@ -61,8 +61,12 @@ class Contents:
     quarantined: dict[Key, str]
 
 
-def look(folder: str | Path) -> Contents:
+def look(folder: str | Path, *, prompts: int = 0) -> Contents:
     """What a folder holds: a run of ours, or images in the official layout.
+
+    Args:
+        prompts: how many a folder made elsewhere should hold; gaps in its numbering are missing
+            anyway.
 
     Raises:
         OptionError: neither of them.
@@ -79,7 +83,7 @@ def look(folder: str | Path) -> Contents:
             f"{where} holds neither a run (run.json) nor images in GenEval's layout "
             "(00000/metadata.jsonl, 00000/samples/0000.png, ...)."
         )
-    return _look_at_foreign(where, numbered)
+    return _look_at_foreign(where, numbered, prompts)
 
 
 def _look_at_run(folder: Path, run: dict[str, Any]) -> Contents:
@@ -116,7 +120,7 @@ def _look_at_run(folder: Path, run: dict[str, Any]) -> Contents:
     )
 
 
-def _look_at_foreign(folder: Path, numbered: list[Path]) -> Contents:
+def _look_at_foreign(folder: Path, numbered: list[Path], prompts: int) -> Contents:
     records: dict[int, Metadata] = {}
     samples: list[Sample] = []
     extra: list[str] = []
@@ -134,13 +138,38 @@ def _look_at_foreign(folder: Path, numbered: list[Path]) -> Contents:
             samples.append(Sample(prompt=i, image=k, path=path, record=record))
     have = {(s.prompt, s.image) for s in samples}
     images = sorted({k for _, k in have})
-    missing = [str(image_path(i, k)) for i in records for k in images if (i, k) not in have]
     if not samples:
         raise OptionError(f"{folder}: no folder in it has images (samples/0000.png, ...).")
+    wanted = range(max(prompts, 1 + max(records)))
+    missing = [str(image_path(i, k)) for i in wanted for k in images if (i, k) not in have]
     return Contents(
         folder=folder, run=None, records=records, samples=samples, missing=missing, extra=extra,
         quarantined={},
     )  # fmt: skip
+
+
+def check_prompts(contents: Contents, records: Sequence[Metadata]) -> None:
+    """Raises unless every prompt of the folder stands at its place in a list.
+
+    Raises:
+        OptionError: a folder is of another prompt, or of none of the list.
+    """
+    listed = dict(enumerate(map(_asked, records)))
+    strange = [i for i, r in contents.records.items() if listed.get(i) != _asked(r)]
+    if strange:
+        first = strange[0]
+        there = listed[first]["prompt"] if first in listed else "no such line"
+        raise OptionError(
+            f"{contents.folder}: {len(strange)} of {len(contents.records)} folders are not of the "
+            f"prompts file (first: {first:05d}, {contents.records[first].get('prompt')!r}; the "
+            f"file has {there!r})."
+        )
+
+
+def _asked(record: Metadata) -> dict[str, Any]:
+    """What a record asks for, whatever else it notes."""
+    found = {name: record.get(name) for name in ("tag", "include", "exclude", "prompt")}
+    return {**found, "exclude": found["exclude"] or []}
 
 
 def image_path(prompt: int, image: int) -> Path:

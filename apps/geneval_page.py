@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 from steering.apps.geneval_report import COSTS, Scored, cost, number, paired, percent, warnings
-from steering.recipe import atomic, writable_folder
+from steering.apps.geneval_store import write
+from steering.recipe import writable_folder
 from steering.stickers.grammar import TAGS
 
 _INK = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
@@ -54,8 +55,7 @@ def write_page(runs: Sequence[tuple[Scored, dict[str, Any]]], path: Path) -> Pat
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>GenEval</title>"
         f"<style>{_STYLE}</style><body>{''.join(body)}<script>{_SCRIPT}</script></body></html>"
     )
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write(path, page.encode())
     return path
 
 

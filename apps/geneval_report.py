@@ -14,9 +14,9 @@ import numpy as np
 from rich.table import Table
 
 from steering.apps.geneval_folder import Contents, image_path, look
-from steering.apps.geneval_store import Journal
+from steering.apps.geneval_judges import is_oracle
+from steering.apps.geneval_store import Journal, write
 from steering.errors import OptionError
-from steering.recipe import atomic
 from steering.stickers.grammar import TAGS
 
 RESAMPLES = 4000
@@ -117,10 +117,11 @@ def open_scored(folder: str | Path) -> Scored:
     Raises:
         OptionError: it has not been scored.
     """
-    contents = look(folder)
-    path = contents.folder / "results.jsonl"
-    rows = Journal(path).rows
-    if not rows or not (contents.folder / "scoring.json").is_file():
+    scored = Path(folder) / "scoring.json"
+    scoring = json.loads(scored.read_text()) if scored.is_file() else {}
+    contents = look(folder, prompts=scoring.get("prompts", {}).get("n", 0))
+    rows = Journal(contents.folder / "results.jsonl").rows
+    if not rows or not scoring:
         raise OptionError(f"{folder} has no verdicts. Run: steer geneval score {folder}")
     current = {(s.prompt, s.image): s.line.get("sha256") for s in contents.samples}
     kept = {
@@ -132,7 +133,6 @@ def open_scored(folder: str | Path) -> Scored:
     if not kept:
         raise OptionError(f"{folder}: the verdicts are of other images. Score it again.")
     stale = len({(r["prompt_index"], r["image"]) for r in rows}) - len(kept)
-    scoring = json.loads((contents.folder / "scoring.json").read_text())
     name = contents.folder.resolve().name
     return Scored(name=name, contents=contents, scoring=scoring, rows=kept, stale=stale)
 
@@ -186,14 +186,6 @@ def card(scored: Scored) -> dict[str, Any]:
     }
 
 
-def is_oracle(run: dict[str, Any], scoring: dict[str, Any]) -> bool:
-    """Whether the search was guided by the very judge that scores it."""
-    guide = str(run.get("reward", ""))
-    return "geneval" in guide or (
-        "detector" in guide and scoring["detector"]["name"] == "stickers"
-    )
-
-
 def warnings(found: dict[str, Any]) -> list[str]:
     """What a reader of the card must know, in words."""
     images, out = found["images"], []
@@ -218,8 +210,7 @@ def write_card(scored: Scored) -> tuple[Path, dict[str, Any]]:
     """Writes card.json into the folder."""
     found = card(scored)
     path = scored.contents.folder / "card.json"
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1, allow_nan=False))
+    write(path, json.dumps(found, indent=1, allow_nan=False).encode())
     return path, found
 
 

@@ -9,33 +9,32 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from steering.apps.geneval_folder import Contents, Sample, digest, look
-from steering.apps.geneval_store import Journal
-from steering.errors import OptionError, SteeringError
-from steering.recipe import atomic, package_versions
-from steering.rewards.geneval_colors import ClipColors, Judged, Scorer
-from steering.rewards.images import as_tensor, open_picture
-from steering.scoring import (
-    Reward,
-    heldout_labels,
-    labels,
-    parts_of,
-    recipe_reward,
-    resolve_reward,
+from steering.apps.geneval_folder import (
+    Contents,
+    Sample,
+    check_prompts,
+    digest,
+    look,
+    prompts_hash,
 )
+from steering.apps.geneval_judges import Embed, Judges
+from steering.apps.geneval_store import Journal, disk_error, locked, write
+from steering.errors import SteeringError
+from steering.rewards.geneval_colors import Judged, Scorer
+from steering.rewards.images import as_tensor, open_picture
+from steering.scoring import Reward
+from steering.stickers.grammar import Metadata
 
 BATCH = 32
-Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,14 @@ def score_folder(
     embed: Embed | None = None,
     embed_name: str = "",
     device: str = "cpu",
+    prompts: Sequence[Metadata] | None = None,
     again: bool = False,
     show: bool = True,
 ) -> Scored:
     """Scores every image that has no line yet.
+
+    Where a held-out reward compares the images of a call, these are the images of one prompt, and
+    all of them are scored again when one is new.
 
     Args:
         folder: a run, or images in the official layout.
@@ -69,35 +72,44 @@ def score_folder(
             the run say so.
         embed: images [n, 3, H, W] of one size to unit vectors [n, d], for diversity.
         device: where ``heldout`` and ``embed`` get their images.
+        prompts: what the folder should hold; those without a folder are missing.
         again: forget earlier lines.
 
     Raises:
-        OptionError: nothing to score, classes the detector does not know, or a folder that was
-            scored with something else.
+        OptionError: nothing to score, classes the detector does not know, a folder that was scored
+            with something else or is of other prompts, or another process at work in it.
     """
-    contents = look(folder)
-    scorer.check(list(contents.records.values()))
-    how = {
-        "detector": scorer.detector.describe(),
-        "colors": scorer.colors.describe(),
-        "rules": scorer.rules.__dict__,
-        "heldout": [r.spec for r in heldout],
-        "diversity": embed_name,
-        "versions": package_versions(),
-    }
-    names = labels(heldout) if guide is None else heldout_labels(guide, heldout)
-    verifiers = dict(zip(names, heldout, strict=True))
-    journal = _journal(contents.folder, how, again)
+    contents = look(folder, prompts=len(prompts or ()))
+    if prompts is not None:
+        check_prompts(contents, prompts)
+    judges = Judges(
+        scorer=scorer, heldout=heldout, guide=guide, embed=embed, embed_name=embed_name,
+        device=device,
+    )  # fmt: skip
+    lock = locked(contents.folder)
+    try:
+        journal = _journal(contents, judges, prompts, again)
+        return _score(contents, judges, journal, show)
+    finally:
+        lock.release()
+
+
+def _score(contents: Contents, judges: Judges, journal: Journal, show: bool) -> Scored:
+    verifiers, unreadable = judges.verifiers(), []
+    whole = any(map(compares, verifiers.values()))
     known = {(r["prompt_index"], r["image"]): r["sha256"] for r in journal.rows}
-    todo = [s for s in contents.samples if known.get((s.prompt, s.image)) != digest(s.path)]
-    unreadable: list[str] = []
+    new = [s for s in contents.samples if known.get((s.prompt, s.image)) != digest(s.path)]
+    touched = {s.prompt for s in new}
+    todo = [s for s in contents.samples if s.prompt in touched] if whole else new
     with tqdm(total=len(todo), unit="image", desc="score", disable=None if show else True) as bar:
-        for samples, images in _batches(todo, unreadable):
-            judged = scorer.judge(images, [s.record for s in samples])
-            extra = _extra(samples, images, verifiers, embed, device)
-            rows = [_row(*one) for one in zip(samples, images, judged, extra, strict=True)]
-            journal.append(rows)
-            bar.update(len(rows))
+        for part in _parts(todo, whole):
+            samples, images = _read(part, unreadable)
+            if samples:
+                judged = judges.scorer.judge(images, [s.record for s in samples])
+                extra = _extra(samples, images, judges, verifiers)
+                rows = zip(samples, images, judged, extra, strict=True)
+                journal.append(_row(*one) for one in rows)
+            bar.update(len(part))
     return Scored(
         new=len(todo) - len(unreadable),
         known=len(contents.samples) - len(todo),
@@ -106,39 +118,57 @@ def score_folder(
     )
 
 
-def _journal(folder: Path, how: dict[str, Any], again: bool) -> Journal:
+def compares(reward: Reward) -> bool:
+    """Whether the value of an image depends on the others of the call."""
+    return not getattr(reward, "stationary", True)
+
+
+def _journal(
+    contents: Contents, judges: Judges, prompts: Sequence[Metadata] | None, again: bool
+) -> Journal:
     """The folder's results, after proof that the same models made them."""
-    path, lines = folder / "scoring.json", folder / "results.jsonl"
-    how = json.loads(json.dumps(how))
-    if path.is_file() and lines.is_file() and not again:
-        old = json.loads(path.read_text())
-        changed = [k for k in how if k != "versions" and old.get(k) != how[k]]
-        if changed:
-            raise OptionError(
-                f"{folder} was scored with another {' and '.join(changed)}. Pass --again to score "
-                "it anew."
-            )
-        return Journal(lines)
-    lines.unlink(missing_ok=True)
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(how, indent=1))
+    path, lines = contents.folder / "scoring.json", contents.folder / "results.jsonl"
+    records, how = list(contents.records.values()), judges.describe()
+    if again:
+        judges.scorer.check(records)
+    else:
+        judges.check(contents.folder, records)
+    goes_on = path.is_file() and lines.is_file() and not again
+    old = json.loads(path.read_text()) if goes_on else {}
+    if prompts is not None:
+        how["prompts"] = {"n": len(prompts), "sha256": prompts_hash(prompts)}
+    if not goes_on:
+        try:
+            lines.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(lines, error) from error
+    if not goes_on or old.get("prompts") != how.get("prompts", old.get("prompts")):
+        write(path, json.dumps({**old, **how}, indent=1).encode())
     return Journal(lines)
 
 
-def _batches(
-    samples: Sequence[Sample], unreadable: list[str]
-) -> Iterator[tuple[list[Sample], list[Tensor]]]:
+def _parts(samples: Sequence[Sample], whole: bool) -> Iterator[list[Sample]]:
+    """About BATCH samples at a time; ``whole`` keeps the images of a prompt together."""
+    part: list[Sample] = []
+    for sample in samples:
+        if len(part) >= BATCH and not (whole and part[-1].prompt == sample.prompt):
+            yield part
+            part = []
+        part.append(sample)
+    if part:
+        yield part
+
+
+def _read(samples: Sequence[Sample], unreadable: list[str]) -> tuple[list[Sample], list[Tensor]]:
     """Samples with their images; what cannot be read is noted and left out."""
-    for start in range(0, len(samples), BATCH):
-        part, images = [], []
-        for sample in samples[start : start + BATCH]:
-            try:
-                images.append(read_image(sample.path))
-                part.append(sample)
-            except SteeringError as error:
-                unreadable.append(str(error))
-        if part:
-            yield part, images
+    part, images = [], []
+    for sample in samples:
+        try:
+            images.append(read_image(sample.path))
+            part.append(sample)
+        except SteeringError as error:
+            unreadable.append(str(error))
+    return part, images
 
 
 def read_image(path: Path) -> Tensor:
@@ -154,30 +184,37 @@ def read_image(path: Path) -> Tensor:
 def _extra(
     samples: Sequence[Sample],
     images: Sequence[Tensor],
-    heldout: Mapping[str, Reward],
-    embed: Embed | None,
-    device: str,
+    judges: Judges,
+    verifiers: Mapping[str, Reward],
 ) -> list[dict[str, Any]]:
-    """Held-out rewards and embeddings, images of one size at a time."""
+    """Held-out rewards and embeddings."""
     out: list[dict[str, Any]] = [{"heldout": {}} for _ in samples]
-    sizes: dict[Any, list[int]] = {}
-    for k, image in enumerate(images):
-        sizes.setdefault(tuple(image.shape), []).append(k)
-    for rows in sizes.values():
-        batch = torch.stack([images[k] for k in rows]).to(device)
-        prompts = [samples[k].record["prompt"] for k in rows]
-        records = [samples[k].record for k in rows]
-        for name, reward in heldout.items():
-            found = reward(batch, prompts, metadata=records)
+    for name, reward in verifiers.items():
+        for rows in _calls(samples, images, compares(reward)):
+            batch = torch.stack([images[k] for k in rows]).to(judges.device)
+            records = [samples[k].record for k in rows]
+            found = reward(batch, [r["prompt"] for r in records], metadata=records)
             value = found.value.double().cpu()
             ok = value.isfinite() if found.valid is None else found.valid.cpu() & value.isfinite()
             for k, v, good in zip(rows, value.tolist(), ok.tolist(), strict=True):
                 out[k]["heldout"][name] = v if good else None
-        if embed is not None:
-            vectors = embed(batch).cpu().numpy().astype("<f2")
+    if judges.embed is not None:
+        for rows in _calls(samples, images, False):
+            batch = torch.stack([images[k] for k in rows]).to(judges.device)
+            vectors = judges.embed(batch).cpu().numpy().astype("<f2")
             for k, vector in zip(rows, vectors, strict=True):
                 out[k]["embedding"] = base64.b64encode(vector.tobytes()).decode()
     return out
+
+
+def _calls(
+    samples: Sequence[Sample], images: Sequence[Tensor], apart: bool
+) -> Iterator[list[int]]:
+    """Indices of images of one size, and where they are to be ``apart`` of one prompt."""
+    groups: dict[Any, list[int]] = {}
+    for k, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        groups.setdefault((tuple(image.shape), sample.prompt if apart else None), []).append(k)
+    yield from groups.values()
 
 
 def _row(sample: Sample, image: Tensor, judged: Judged, extra: dict[str, Any]) -> dict[str, Any]:
@@ -206,48 +243,3 @@ def _row(sample: Sample, image: Tensor, judged: Judged, extra: dict[str, Any]) -
         "parts": [[p.rule, p.name, p.passed] for p in verdict.parts],
         **extra,
     }
-
-
-def adapted(
-    heldout: Sequence[object], run: Mapping[str, Any], device: str
-) -> tuple[list[Reward], Reward | None]:
-    """(held-out rewards, the guide), fitted to the run's model; no guide where none is known.
-
-    The guide stands in a file that may be from elsewhere, so no code is imported for it.
-
-    Raises:
-        OptionError: a held-out reward measures what the guiding reward does.
-    """
-    model = SimpleNamespace(name=run.get("model", {}).get("source"), device=device, prompts=())
-    rewards = [resolve_reward(one, model) for one in heldout]
-    guide = _guide(str(run.get("reward", "")), model) if rewards else None
-    for reward in rewards:
-        same = reward.spec is not None and reward.spec == run.get("reward")
-        if same or (guide is not None and set(parts_of(reward)) == set(parts_of(guide))):
-            raise OptionError(
-                f"--heldout {reward.spec or reward.name} is the guiding reward itself: a verifier "
-                "that the search has seen proves nothing. Choose another one."
-            )
-    return rewards, guide
-
-
-def _guide(spec: str, model: Any) -> Reward | None:  # noqa: ANN401
-    """The guide as far as it can be had: comparing it needs no weights."""
-    try:
-        guide = recipe_reward(spec)
-    except SteeringError:
-        return None
-    try:
-        return resolve_reward(guide, model)
-    except SteeringError:
-        return guide
-
-
-def embedder(scorer: Scorer, device: str) -> tuple[Embed, str]:
-    """(images to CLIP vectors, its name): the colour model's CLIP, or the stickers' own."""
-    if isinstance(scorer.colors, ClipColors):
-        return scorer.colors.encoder.image, f"clip {scorer.colors.model}"
-    from steering.rewards.clip import Encoder
-    from steering.rewards.clip_loading import load
-
-    return Encoder(load("stickers", "openai", "fp32", device)).image, "clip stickers"

@@ -89,7 +89,7 @@ class Journal:
                     file.truncate(self._size)
                     raise
         except OSError as error:
-            raise _disk(self.path, error) from error
+            raise disk_error(self.path, error) from error
         self._size += len(data)
         self.rows += new
 
@@ -118,11 +118,7 @@ class Store:
     ) -> None:
         self.folder, self.records = writable_folder(folder), records
         self.images = int(run["images_per_prompt"])
-        self._lock = FileLock(self.folder / ".lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OptionError(f"{self.folder}: another process is writing to this run.") from None
+        self._lock = locked(self.folder)
         try:
             self._claim(run, resume)
             self.journal = Journal(self.folder / "samples.jsonl")
@@ -139,7 +135,10 @@ class Store:
                     f"{self.folder} holds a run already. Pass --resume to go on with it, or name "
                     "another folder."
                 )
-            _same(read_run(path), run, self.folder)
+            old = read_run(path)
+            _same(old, run, self.folder)
+            if run["heldout"] not in ([], old["heldout"]):  # they decide no pixel
+                write(path, json.dumps({**old, "heldout": run["heldout"]}, indent=1).encode())
             return
         known = {"prompts.jsonl"}  # and what a killed start left half-written
         strange = [
@@ -153,8 +152,8 @@ class Store:
                 f"{sorted(strange)[0]}). Name a new or empty folder."
             )
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        _write(self.folder / "prompts.jsonl", lines.encode())
-        _write(path, json.dumps(run, indent=1).encode())  # last: a folder without it is empty
+        write(self.folder / "prompts.jsonl", lines.encode())
+        write(path, json.dumps(run, indent=1).encode())  # last: a folder without it is empty
 
     def _take_stock(self, retry: bool) -> None:
         self.errors: dict[Key, list[str]] = {}
@@ -202,9 +201,8 @@ class Store:
         path = self.folder / file
         metadata = path.parents[1] / "metadata.jsonl"
         if not metadata.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(metadata, json.dumps(self.records[job.prompt]).encode())
-        _write(path, made.png)
+            write(metadata, json.dumps(self.records[job.prompt]).encode())
+        write(path, made.png)
         sha = hashlib.sha256(made.png).hexdigest()
         self.journal.append([{**row, "file": file.as_posix(), "sha256": sha, **made.line}])
         self.done.add(job.key)
@@ -230,16 +228,39 @@ def _same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _write(path: Path, data: bytes) -> None:
+def locked(folder: Path) -> FileLock:
+    """The folder's lock, held until it is released.
+
+    Raises:
+        OptionError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
     try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OptionError(f"{folder}: another process is writing to this folder.") from None
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    return lock
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file, with the folder it lies in, whole or not at all.
+
+    Raises:
+        SteeringError: the disk is full or gone.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        raise _disk(path, error) from error
+        raise disk_error(path, error) from error
 
 
-def _disk(path: Path, error: OSError) -> SteeringError:
+def disk_error(path: Path, error: OSError) -> SteeringError:
+    """What a user is told when a file could not be written."""
     return SteeringError(
         f"{path} could not be written ({error.strerror or error}). Everything finished before is "
-        "kept: make room and go on with --resume."
+        "kept: make room and give the command again (geneval run: with --resume)."
     )

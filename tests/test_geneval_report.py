@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from steering.apps.geneval_folder import look
+from steering.apps.geneval_judges import adapted
 from steering.apps.geneval_page import bars, scatter, write_page
 from steering.apps.geneval_report import (
     Bootstrap,
@@ -26,7 +27,7 @@ from steering.apps.geneval_report import (
     warnings,
     write_card,
 )
-from steering.apps.geneval_score import adapted, score_folder
+from steering.apps.geneval_score import score_folder
 from steering.apps.geneval_store import Journal
 from steering.errors import OptionError, RecipeError, SteeringError
 from steering.rewards.geneval_colors import Scorer, StickerColors
