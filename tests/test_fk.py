@@ -26,6 +26,7 @@ from steering.particles import log_mean_exp
 from steering.paths import Prediction, Tabulated
 from steering.samplers import FK, BestOfN
 from steering.samplers.fk import POTENTIALS
+from tests.populations import SLOPE, cloud
 from tests.tiny_pipelines import build
 
 R, N = 48, 128
@@ -161,6 +162,17 @@ def test_every_value_has_the_same_target_in_two_dimensions(value: str) -> None:
     mean = float(model.tilted(BOWL, 1.0).moments()[0][0])
     results = repeated(plane, BOWL, method)
     check_law(results, model.log_normaliser(BOWL, 1.0), lambda x: x[:, 0], mean)
+    assert sum(len(r.trace.ancestors) for r in results) > R
+
+
+@pytest.mark.parametrize("value", ["mode", "draws", "max-ssp"])
+def test_every_value_has_the_same_target_in_sixteen_dimensions(value: str) -> None:
+    """Measured: at most X standard errors."""
+    rule = {"resample": "always", **VALUES[value]}
+    method = FK(n_particles=N, reward_scale=1.0, checkpoints=CHECKPOINTS, **rule)
+    results, model = repeated(cloud, SLOPE, method), cloud()
+    mean = float(model.tilted(SLOPE, 1.0).moments()[0].mean())
+    check_law(results, model.log_normaliser(SLOPE, 1.0), lambda x: x.mean(1), mean)
     assert sum(len(r.trace.ancestors) for r in results) > R
 
 

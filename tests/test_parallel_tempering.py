@@ -15,7 +15,18 @@ from steering.method import Context
 from steering.samplers import BestOfN, ParallelTempering
 from steering.samplers.parallel_tempering import accepted, exchanged
 from steering.transitions import ODE
-from tests.populations import LINE, TABLE, check_ledger, errors, guided, line, plan_of, steer
+from tests import twisted_worlds
+from tests.populations import (
+    LINE,
+    TABLE,
+    TRUTHS,
+    check_ledger,
+    errors,
+    guided,
+    line,
+    plan_of,
+    steer,
+)
 
 INF = math.inf
 TAIL = {"move": "tail", "eta": 1.0}
@@ -93,8 +104,8 @@ def walk(prompts=("p",)) -> FiniteChain:
     return FiniteChain([0.4, 0.3, 0.2, 0.1], torch.softmax(logits, 2), prompts=prompts)
 
 
-def runs(make, reward, method) -> list:
-    return steer(make(("p",) * RUNS), reward, method, seed=list(range(RUNS)))
+def runs(make, reward, method, times: int = RUNS) -> list:
+    return steer(make(("p",) * times), reward, method, seed=list(range(times)))
 
 
 def test_every_chain_keeps_its_own_law() -> None:
@@ -145,6 +156,46 @@ def test_blended_noise_has_the_tilted_law_of_the_ode(d: int) -> None:
     assert errors(along, float(mean @ b + std**2 * b @ b) / 1.2, noise=0.15) < 5.0
 
 
+MANY, LADDER = 12, (0.0, 0.5, 1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("world", ["line", "plane", "cloud"])
+def test_new_tails_have_the_tilted_law(world: str) -> None:
+    """The samples of the last chains, and the mean reward of every chain, which at scale s is the
+    slope of ln Z there. Measured: at most 2.1 and 3.7 standard errors (1.9 of 60 runs); what the
+    model does by itself is 13 away."""
+    make, reward, scale, f = TRUTHS[world]
+    method = ParallelTempering(ladder=LADDER, iterations=28, burn_in=8, reward_scale=scale, **TAIL)
+    results, model = runs(make, reward, method, MANY), make()
+    mean = float(f(model.tilted(reward, scale).moments()[0][None]))
+    found = [float(r.weights @ f(r.samples)) for r in results]
+    assert errors(found, mean, noise=0.1) < 5.0
+    for k, share_of in enumerate(LADDER):
+        above, below = (model.log_normaliser(reward, scale * share_of + h) for h in (1e-4, -1e-4))
+        rows = [tensor(*[e[k] for e in r.trace.column("rewards")[8:]]) for r in results]
+        rewards = [float(row.mean()) for row in rows]
+        assert errors(rewards, (above - below) / 2e-4, noise=0.2) < 5.0, share_of
+
+
+@pytest.mark.parametrize("world", sorted(twisted_worlds.WORLDS))
+def test_blended_noise_has_the_tilted_law_of_many_weighted_samples(world: str) -> None:
+    """Mixtures, whose ODE is no affine map: against 1e5 unsteered samples, weighted. Measured: at
+    most 1.5 standard errors; without weights 6 and more."""
+    make, reward, scale, axis = twisted_worlds.WORLDS[world]
+    x = twisted_worlds.unsteered(make(steps=4), eta=0.0)
+    w = torch.exp(scale * reward(x))
+    mean = float(w @ x[:, axis] / w.sum())
+    error = float((w * (x[:, axis] - mean)).std() / w.mean()) / math.sqrt(len(x))
+    method = ParallelTempering(
+        ladder=LADDER, iterations=40, burn_in=10, reward_scale=scale, blend=0.7
+    )
+    results = runs(lambda prompts: make(prompts, steps=4), reward, method, MANY)
+    found = [float(r.weights @ r.samples[:, axis]) for r in results]
+    own = float(tensor(*found).std()) / math.sqrt(MANY)
+    assert abs(sum(found) / MANY - mean) < 5.0 * math.hypot(own, error)
+    assert abs(float(x[:, axis].mean()) - mean) > 5.0 * own, "the tilt should be visible"
+
+
 def test_at_reward_scale_zero_nothing_is_refused() -> None:
     method = ParallelTempering(n_particles=3, iterations=20, reward_scale=0.0)
     model = line(("p",) * RUNS, kernel="path", steps=3)
@@ -157,6 +208,34 @@ def test_at_reward_scale_zero_nothing_is_refused() -> None:
     v = tensor(*means)
     error = math.hypot(float(v.std()) / math.sqrt(RUNS), spread)
     assert abs(float(v.mean()) - truth) < 5.0 * error
+
+
+def test_one_chain_without_reward_draws_independent_samples_bit_for_bit() -> None:
+    """Every move is a fresh noise and accepted, so each is best-of-one of its own noise."""
+
+    class Given(GaussianMixture):
+        """Starts where it is told."""
+
+        def noise(self, n, key, *, cond=0):
+            return self.given
+
+    options = {"n_particles": 1, "reward_scale": 0.0, "blend": 1.0}
+    method = ParallelTempering(iterations=9, burn_in=0, **options)
+    ours = steer(line(kernel="path"), LINE, method, seed=3)
+    model = line(kernel="path")
+    ctx = Context(model=model, cond=0, seed=3, plan=plan_of(model, method))
+    base = []
+    for m in range(10):
+        model = line(kernel="path")
+        model.__class__, model.given = Given, ctx.noise(1, stream=f"fresh/{m}" if m else "init")
+        base.append(steer(model, LINE, BestOfN(n=1)))
+    kept = {int(slot): k for k, slot in enumerate(ours.slots)}
+    assert set(range(1, 10)) <= set(kept)
+    for slot, k in kept.items():
+        assert torch.equal(ours.samples[k], base[slot].samples[0])
+        assert ours.rewards[k] == base[slot].rewards[0]
+        assert float(ours.log_weights[k]) == (0.0 if slot else -INF)
+    assert all(row == [True] for row in ours.trace.column("accepted"))
 
 
 def test_a_constant_added_to_the_reward_changes_nothing() -> None:
