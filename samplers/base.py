@@ -222,6 +222,21 @@ def check_scale(name: str, reward_scale: float | None) -> None:
         )
 
 
+def refuse_idle(method: Sampler, setting: str, *options: str) -> None:
+    """Raises where options that ``setting`` makes no use of are not at their defaults.
+
+    Raises:
+        OptionError: names them.
+    """
+    usual = {f.name: f.default for f in fields(method)}
+    idle = [f"{o}={getattr(method, o)!r}" for o in options if getattr(method, o) != usual[o]]
+    if idle:
+        raise OptionError(
+            f"{method.name}: {setting} makes no use of {', '.join(idle)}. Leave out one or the "
+            "other."
+        )
+
+
 def tilt(reward: Tensor, reward_scale: float | None) -> Tensor:
     """reward_scale * r, [n]; zero at reward_scale 0 even where r is -inf."""
     assert reward_scale is not None  # fit() has set it
@@ -243,7 +258,8 @@ def afford(plan: Plan, cost: Callable[[int], Cost], default: int, what: str) -> 
         if one > cap:
             raise BudgetError(
                 f"{name}={cap} is too small: one {what} needs {one} here "
-                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step)."
+                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it to "
+                "that, or lower the number of steps."
             )
         limits.append(1 + (cap - one) // (two - one))
     return min(limits) if limits else default
@@ -304,6 +320,28 @@ def checkpoint_steps(
     else:
         steps = {grid.nearest(fraction) for fraction in fractions}
     return sorted(i for i in steps if i < len(grid) - 1)
+
+
+def check_levels(method: Sampler, option: str, grid: Grid, steps: Sequence[int]) -> None:
+    """Raises where levels that the user chose leave no step of the grid.
+
+    The defaults may: on a grid of one or two steps there is nothing to choose before the end.
+
+    Args:
+        option: the name of the option that holds fractions of the steps; ``noise_levels`` stand
+            in for it where they are given.
+        steps: what is left of them.
+    """
+    if getattr(method, "noise_levels", None) is not None:
+        option = "noise_levels"
+    levels = getattr(method, option)
+    usual = {f.name: f.default for f in fields(method)}[option]
+    if levels and not steps and levels != usual:
+        raise OptionError(
+            f"{method.name}: {option}={levels} leave no step of a grid of {len(grid)}: they round "
+            "to its last step, which adds no noise, or to its end. Move them towards the noise, "
+            "take more steps, or pass ()."
+        )
 
 
 def damping(rule: Damping, grid: Grid, step: int) -> float:

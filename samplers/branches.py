@@ -168,6 +168,13 @@ class Branches(Sampler):
         return Cost(nfe=n * rows, decodes=n * judged, reward_calls=n * judged)
 
     def fit(self, plan: Plan) -> Branches:
+        chosen = any(segment.branched for segment in self.segments(plan.grid))
+        if self.select == "argmax" and self.n_branches > 1 and not chosen:
+            raise OptionError(
+                f"{self.name}: no step of this grid of {len(plan.grid)} branches from start="
+                f"{self.start} on (the last one adds no noise), so nothing would be chosen. Lower "
+                "start, take more steps, or use best_of_n."
+            )
         return fit_population(self, plan, 4)
 
     def run(self, ctx: Context) -> Run:

@@ -29,6 +29,7 @@ from steering.requests import Denoise, Progress, Request, Run
 from steering.resampling import scheme
 from steering.samplers.base import (
     Sampler,
+    check_levels,
     check_scale,
     checkpoint_steps,
     deliver,
@@ -124,6 +125,8 @@ class EPF(Sampler):
         return Cost(nfe=n * nfe, decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> EPF:
+        steps = checkpoint_steps(plan.grid, self.checkpoints)
+        check_levels(self, "checkpoints", plan.grid, steps)
         return fit_population(self, plan, 8)
 
     def run(self, ctx: Context) -> Run:

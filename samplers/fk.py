@@ -33,6 +33,7 @@ from steering.resampling import scheme
 from steering.samplers.base import (
     Damping,
     Sampler,
+    check_levels,
     check_scale,
     damping,
     deliver,
@@ -200,6 +201,7 @@ class FK(Sampler):
         return [i + (k * left) // count for k in range(count)]
 
     def fit(self, plan: Plan) -> FK:
+        check_levels(self, "checkpoints", plan.grid, self.checkpoint_steps(plan.grid))
         return fit_population(self, plan, 8)
 
     def run(self, ctx: Context) -> Run:

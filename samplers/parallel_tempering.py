@@ -31,7 +31,14 @@ from steering.noise import blend
 from steering.particles import State
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, afford, check_scale, checkpoint_steps, within_budget
+from steering.samplers.base import (
+    Sampler,
+    afford,
+    check_levels,
+    check_scale,
+    checkpoint_steps,
+    within_budget,
+)
 from steering.samplers.guides import Guide, Rows
 from steering.samplers.pool import Pool
 from steering.samplers.rollout import require_noise
@@ -152,6 +159,8 @@ class ParallelTempering(Sampler):
         return Cost(nfe=rows, decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> ParallelTempering:
+        if self.move == "tail":
+            check_levels(self, "cuts", plan.grid, checkpoint_steps(plan.grid, self.cuts))
         n = self.n_particles or (len(self.ladder) if self.ladder else None)
         if n is None:
             most = afford(

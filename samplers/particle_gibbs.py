@@ -36,6 +36,7 @@ from steering.samplers.base import (
     Damping,
     Sampler,
     afford,
+    check_levels,
     check_scale,
     checkpoint_steps,
     damping,
@@ -145,6 +146,7 @@ class ParticleGibbs(Sampler):
         return checkpoint_steps(where.grid, self.checkpoints, self.noise_levels)
 
     def fit(self, plan: Plan) -> ParticleGibbs:
+        check_levels(self, "checkpoints", plan.grid, self._checkpoints(plan))
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n_particles is None:
             n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), _SIZE, "particle")

@@ -29,7 +29,13 @@ from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.noise import NoiseKey
 from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, check_scale, checkpoint_steps, within_budget
+from steering.samplers.base import (
+    Sampler,
+    check_levels,
+    check_scale,
+    checkpoint_steps,
+    within_budget,
+)
 from steering.samplers.tree import ROOT, Backup, Tree
 
 _DEFAULT = 16
@@ -157,11 +163,14 @@ class TreeSearch(Sampler):
         return Cost(nfe=nfe, decodes=rollouts, reward_calls=rollouts)
 
     def fit(self, plan: Plan) -> TreeSearch:
+        levels = self.tree_levels(plan.grid)[:-1]
+        check_levels(self, "branch_levels", plan.grid, levels)
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if plan.budget.nfe is not None and plan.budget.nfe < plan.trajectory:
             raise BudgetError(
                 f"nfe={plan.budget.nfe} is too small: one rollout needs {plan.trajectory} here "
-                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step)."
+                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it to "
+                "that, or lower the number of steps."
             )
         if self.trajectories is not None:
             need = Cost(nfe=self.trajectories * plan.trajectory, decodes=0, reward_calls=0)

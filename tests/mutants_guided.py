@@ -1,4 +1,4 @@
-"""Mistakes in methods that take guidance."""
+"""Mistakes in methods that take guidance, and in what methods refuse."""
 
 from __future__ import annotations
 
@@ -155,5 +155,19 @@ MUTANTS = (
         "        if self.unguided is not None:\n",
         "        if False:\n",
         (f"{_METHODS}::test_a_method_of_the_users_own_does_not_swallow_guidance",),
+    ),
+    Mutant(
+        "refusals: levels that leave no step are dropped in silence",
+        "samplers/base.py",
+        "    if levels and not steps and levels != usual:\n",
+        "    if False:\n",
+        ("tests/test_refusals.py::test_levels_that_leave_no_step_of_this_grid",),
+    ),
+    Mutant(
+        "refusals: a greedy search without a choice runs",
+        "samplers/branches.py",
+        "        chosen = any(segment.branched for",
+        "        chosen = True or any(segment.branched for",
+        ("tests/test_refusals.py::test_a_greedy_search_with_nothing_to_choose",),
     ),
 )
