@@ -313,8 +313,8 @@ def _read(kind: str, source: str) -> tuple[Any, Any]:
     except Exception as error:
         raise WeightsError(
             f"The detector {kind}={source!r} could not be opened ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}). Without a network, fetch the weights "
-            f"elsewhere and give --detector {kind}=FOLDER."
+            f"{' '.join(str(error).split())[:300]}). Where there is a network: hf download "
+            f"{_hub_id(kind, source)} --local-dir FOLDER; then give --detector {kind}=FOLDER."
         ) from error
     model, info = opened
     if info["missing_keys"]:
@@ -331,6 +331,13 @@ def _read(kind: str, source: str) -> tuple[Any, Any]:
         )
     except (OSError, ValueError):
         return model, None
+
+
+def _hub_id(kind: str, source: str) -> str:
+    """What to fetch where a source could not be opened."""
+    if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
+        return source
+    return MASK2FORMER if kind == "mask2former" else "HUB_ID"
 
 
 def class_names(config: Any) -> tuple[str | None, ...]:  # noqa: ANN401

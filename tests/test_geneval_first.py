@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -71,3 +72,42 @@ def test_one_failure_is_not_called_two(pipe, tmp_path):
         assert look(tmp_path / "run").quarantined == store.quarantined() == {}
         store.add(Made(job=FIRST, error="lost again"))
         assert look(tmp_path / "run").quarantined == store.quarantined() == {(0, 0): "lost again"}
+
+
+STRANGE = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--heldout", "clap"], "Unknown reward 'clap'"),
+        (["--heldout", "clip(scale=100)"], "guiding reward itself"),
+        (["--detector", "yolo"], "Unknown detector"),
+        (["--detector", "mask2former=/nowhere"], "hf download"),
+        (["--colors", "paint"], "Unknown colour model"),
+        (["--prompts", "{strange}"], "does not know unicorn"),
+    ],
+)
+def test_what_cannot_score_the_images_is_told_before_the_first(capsys, tmp_path, words, hint):
+    (tmp_path / "p.jsonl").write_text(json.dumps({**STRANGE, "prompt": "a photo of a unicorn"}))
+    words = [w.format(strange=tmp_path / "p.jsonl") for w in words]
+    given = ["run", "--out", str(tmp_path / "r"), "--method", "unsteered", "--n", "1", *words]
+    code, _, err = steer(capsys, *given)
+    assert (code, hint in err) == (2, True), err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_with_a_bad_heldout_goes_on_with_a_better_one(capsys, tmp_path):
+    words = ["run", "--out", str(tmp_path / "r"), "--method", "unsteered", "--n", "1", "--json"]
+    words += ["--images-per-prompt", "1", "--set", "num_inference_steps=1"]
+    assert steer(capsys, *words, "--heldout", "clap", "--no-score")[0] == 0
+    before = (tmp_path / "r/samples.jsonl").read_text()
+    code, _, err = steer(capsys, *words, "--resume")  # the folder's own is still the bad one
+    assert (code, "Unknown reward 'clap'" in err) == (2, True)
+    code, out, _ = steer(capsys, *words, "--resume", "--heldout", "brightness")
+    assert code == 0
+    assert list(json.loads(out.strip().splitlines()[-1])["r"]["heldout"]) == ["brightness"]
+    assert json.loads((tmp_path / "r/run.json").read_text())["heldout"] == ["brightness"]
+    assert (tmp_path / "r/samples.jsonl").read_text() == before
+    code, _, err = steer(capsys, *words, "--resume", "--heldout", "jpeg")
+    assert (code, "scored with another heldout" in err) == (2, True)
