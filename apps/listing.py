@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 from typing import Any
 
 from steering.method import plain
@@ -51,9 +53,18 @@ def reward_rows() -> list[dict[str, Any]]:
                 "differentiable": bool(getattr(entry, "differentiable", False)),
                 "memory": _fact(entry, "memory"),
                 "summary": getattr(entry, "describe", "") or "",
+                "options": _options(entry),
             }
         )
     return rows
+
+
+def _options(entry: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The options of its spec with their defaults; no members."""
+    known = importlib.import_module("steering.rewards.spec").known_options(entry)
+    parameters = inspect.signature(entry).parameters
+    defaults = {name: parameters[name].default for name in known}
+    return {k: None if v is inspect.Parameter.empty else plain(v) for k, v in defaults.items()}
 
 
 def _fact(entry: object, name: str) -> str:

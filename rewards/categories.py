@@ -35,7 +35,8 @@ CARINOX: dict[str, dict[str, float]] = {
     "overall": {"HPS": 0.59, "ImageReward": 0.94, "DAscore": 1.12, "VQAScore": 1.34},
 }
 """Weights by correlation with human scores, per category (CARINOX, Kasaei et al., 2025,
-arXiv 2509.17458, as released with its code under the MIT licence)."""
+arXiv 2509.17458, as released with its code under the MIT licence). No reward here computes the
+column DAscore (Decompositional-Alignment-Score); one of yours of that name would be weighed."""
 
 _NUMBERS = r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\d+"
 _KINDS = {

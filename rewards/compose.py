@@ -36,6 +36,7 @@ class ZSum(Calibrated):
 
     name = "zsum"
     describe = "weighted sum of z-scores of its members"
+    value_range = "about -3 to 3 for a weight of 1"
 
     def __init__(self, *members: object, calibration: str | Calibration | None = None) -> None:
         super().__init__(*members, calibration=calibration)
@@ -115,6 +116,7 @@ class Lexicographic(Ensemble):
 
     name = "lexicographic"
     describe = "the first member decides, the next breaks ties"
+    value_range = "whole steps of the first, plus 0 to 1"
     differentiable = False
     weighted = False
 
@@ -152,6 +154,7 @@ class ClippedGradient(Ensemble):
 
     name = "clipped"
     describe = "weighted sum with each member's gradient cut to one length"
+    value_range = "the weighted sum of its members"
 
     def __init__(self, *members: object, limit: float = 0.1) -> None:
         super().__init__(*members, limit=None if limit == 0.1 else limit)
@@ -203,6 +206,7 @@ class ByCategory(Calibrated):
 
     name = "category"
     describe = "weighted sum with weights by the kind of prompt"
+    value_range = "the weighted sum of its members"
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class _Detection(Reward):
         offload: keep the detector on the CPU between calls, unless a gradient is still to come.
     """
 
-    differentiable: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = False  # of "hard"; an instance in the other mode has True
     hub_id: ClassVar[str] = "google/owlv2-base-patch16-ensemble (or any other detector)"
     licence: ClassVar[str] = "Apache-2.0 (OWLv2, Grounding DINO, DETR); others: their model card"
     memory: ClassVar[str] = "0.6 GB (OWLv2 base, fp32)"

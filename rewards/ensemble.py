@@ -35,7 +35,7 @@ class Ensemble(Arithmetic):
     describe: str = "rewards made of rewards"
     licence: str = "see its members"
     hub_id: str = "see its members"
-    value_range: str = "-"
+    value_range: str = "as its members"
     memory: str = "that of its members"
     differentiable: bool = True
     stationary: bool = True

@@ -2,8 +2,8 @@
 
 Encoders were trained on images that PIL had resized: along the width first, clamped and rounded to
 8 bits, then along the height, clamped and rounded again. One float resize of both sides at once
-differs from that by up to 13/255 on photographs, more where edges are sharp, because the
-overshoot of the filter survives. Here both passes are matrix products with PIL's own coefficients.
+differs from that by several levels of 255 where edges are sharp, because the overshoot of the
+filter survives. Here both passes are matrix products with PIL's own coefficients.
 PIL computes in integers of 30 bits, which float64 holds exactly, so the result is PIL's bit for
 bit. (Pillow 13 takes the height first for tall images; the order here is that of the releases
 before it, which the encoders saw.) Rounding passes gradients straight through.

@@ -220,7 +220,7 @@ class _Parser:
 
 def _tells_a_key(entry: Any, options: Mapping[str, tuple[str, bool]]) -> bool:  # noqa: ANN401
     """Whether these options choose who gets the key that an environment variable holds."""
-    if "key_env" not in _known_options(entry):
+    if "key_env" not in known_options(entry):
         return False
     url, _ = options.get("url", ("", False))
     return "key_env" in options or (bool(url) and not _LOCAL.fullmatch(url))
@@ -233,7 +233,7 @@ def _build(
     members: Sequence[Reward] = (),
 ) -> Reward:
     """The registered class or function with its members and options, read as their types."""
-    known = _known_options(entry)
+    known = known_options(entry)
     for key in given:
         if key not in known:
             if not known:
@@ -246,7 +246,7 @@ def _build(
     return FunctionReward(entry, name=label, spec=call_spec(name, options), options=options)
 
 
-def _known_options(entry: Any) -> dict[str, Any]:  # noqa: ANN401
+def known_options(entry: Any) -> dict[str, Any]:  # noqa: ANN401
     """Option name -> type: keyword arguments of a class, keyword-only ones of a function."""
     kinds = inspect.Parameter
     allowed = {kinds.KEYWORD_ONLY}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,10 +36,49 @@ def rows():
 
 def test_every_reward_has_its_facts(rows):
     for name, row in rows.items():
-        for fact in ("hub_id", "licence", "memory", "summary"):
+        for fact in ("hub_id", "licence", "range", "memory", "summary"):
             assert row[fact] not in ("", "-"), (name, fact)
         assert isinstance(row["differentiable"], bool)
     assert "AGPL-3.0" in rows["aesthetic"]["licence"]
+
+
+SHARED = {"precision", "device", "batch_size", "offload"}
+JUDGES = SHARED | {
+    "on_invalid", "max_new_tokens", "url", "key_env", "timeout", "retries", "concurrency"
+}  # fmt: skip
+
+
+def documented():
+    """name -> (range, gradient, options) of the table in the guide."""
+    text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            name, _, span, gradient, _, options = (c.strip() for c in line.strip("|").split(" | "))
+            told = set(re.findall(r"`([a-z_]+)(?:=[^`]*)?`", options))
+            told |= SHARED if options.endswith("*") else set()
+            told |= JUDGES if options.endswith("†") else set()
+            found[name.strip("` ")] = (span, gradient, told)
+    return found
+
+
+def test_the_guide_has_every_reward_with_every_option(rows):
+    table = documented()
+    assert set(table) == set(rows)
+    for name, (span, gradient, told) in table.items():
+        assert span not in ("", "-")
+        missing = set(rows[name]["options"]) - told
+        assert not missing, f"{name}: {missing}"
+        if gradient in ("yes", "no"):
+            assert rows[name]["differentiable"] is (gradient == "yes"), name
+    assert rows["count"]["options"]["objects"] == ""
+    assert rows["remote"]["options"]["retries"] == 3
+    assert rows["zsum"]["options"] == {"calibration": None}
+
+
+@pytest.mark.parametrize("name", ["count", "presence"])
+def test_a_count_has_no_gradient_by_default(rows, name):
+    assert rows[name]["differentiable"] is as_reward(f"{name}(objects=apple)").differentiable
 
 
 @pytest.mark.parametrize("name", NETWORKS)
