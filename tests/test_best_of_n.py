@@ -93,7 +93,7 @@ def test_the_normaliser_is_unbiased_and_the_weights_are_the_tilt() -> None:
 @pytest.mark.parametrize("select", ["all", "soft"])
 @pytest.mark.parametrize("world", sorted(TRUTHS))
 def test_both_kinds_of_weights_hit_the_tilted_law(world: str, select: str) -> None:
-    """Mixtures in 1, 2 and 16 dimensions and a chain, on their exact kernels. Measured: X."""
+    """Mixtures in 1, 2 and 16 dimensions and a chain. Measured: at most 2.7 standard errors."""
     k = 80 if select == "soft" else 1
     scale = TRUTHS[world][2]
     check_law(world, BestOfN(n=128, select=select, k=k, reward_scale=scale, eta=1.0))

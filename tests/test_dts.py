@@ -93,6 +93,40 @@ def short(prompts=("p",)) -> FiniteChain:
     return FiniteChain([0.4, 0.3, 0.2, 0.1], torch.softmax(logits, 2), prompts=prompts)
 
 
+def misses(world: str, **options) -> tuple[float, float]:
+    """Mean error of ln Z, and of E[f] as a share of the way from the model's own."""
+    make, reward, scale, f = TRUTHS[world]
+    method = DTS(reward_scale=scale, trajectories=300, width=60, **options)
+    results, model = steer(make(("p",) * 10), reward, method, seed=list(range(10))), make()
+    mean = float(f(model.tilted(reward, scale).moments()[0][None]))
+    way = mean - float(f(model.moments()[0][None]))
+    values = [r.trace.column("root_value")[-1] for r in results]
+    found = [float(r.weights @ f(r.samples)) for r in results]
+    log_z = sum(values) / 10 - model.log_normaliser(reward, scale)
+    return log_z, (sum(found) / 10 - mean) / way
+
+
+@pytest.mark.parametrize("world", ["line", "plane", "cloud"])
+def test_an_adaptive_tree_of_one_level_comes_near_the_law(world: str) -> None:
+    """Measured: ln Z at most 0.06 too low, the mean at most 7 % short."""
+    log_z, share = misses(world, branch_levels=(0.5,))
+    assert -0.2 < log_z < 0.1
+    assert abs(share) < 0.2
+
+
+def test_the_default_tree_keeps_a_bias() -> None:
+    """A node whose first leaves were unlucky is hardly met again, and three levels leave few
+    visits to the lowest. In 16 dimensions ln Z stays 0.14 too low and E[f] falls 0.14 short, at
+    256 trajectories as at 4096, so its target is called a heuristic one. Measured: 0.16 each."""
+    log_z, share = misses("cloud")
+    assert -0.25 < log_z < -0.05
+    assert -0.3 < share < -0.05
+    assert DTS().target == DTS.target == "heuristic"
+    for exact in ({"widening_power": 0.0}, {"branch_levels": ()}):
+        assert DTS(**exact).target == "tilted"
+        assert DTS(**exact, backup="max").target == "heuristic"
+
+
 def test_an_adaptive_tree_closes_in_on_the_exact_values() -> None:
     """Biased low, and the less so the larger the tree: 0.21 of ln Z at 30 trajectories, 0.05 at
     1200; 0.11 and 0.03 of the share of a state."""
@@ -160,7 +194,7 @@ def test_without_branching_it_is_best_of_n_bit_for_bit(model: str) -> None:
 @pytest.mark.parametrize("backup", ["mean", "max"])
 def test_backups_that_are_no_soft_values_claim_neither_target_nor_normaliser(backup: str) -> None:
     method = DTS(backup=backup, branch_levels=(), trajectories=6)
-    assert (DTS().target, method.target) == ("tilted", "heuristic")
+    assert method.target == "heuristic"
     assert steer(line(), LINE, method).log_z is None
 
 

@@ -167,7 +167,7 @@ def test_every_value_has_the_same_target_in_two_dimensions(value: str) -> None:
 
 @pytest.mark.parametrize("value", ["mode", "draws", "max-ssp"])
 def test_every_value_has_the_same_target_in_sixteen_dimensions(value: str) -> None:
-    """Measured: at most X standard errors."""
+    """Measured: at most 1.5 standard errors."""
     rule = {"resample": "always", **VALUES[value]}
     method = FK(n_particles=N, reward_scale=1.0, checkpoints=CHECKPOINTS, **rule)
     results, model = repeated(cloud, SLOPE, method), cloud()

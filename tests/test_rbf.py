@@ -10,12 +10,12 @@ import torch
 from steering.analytic import GaussianMixture
 from steering.errors import BudgetError, OptionError
 from steering.grids import Grid, on_path, uniform
-from steering.method import build_method
+from steering.method import Context, build_method
 from steering.noise import NoiseKey
 from steering.paths import VP, Cosine, Linear
 from steering.samplers import RBF
 from steering.samplers.rbf_levels import OnPath, rbf_grid, time_on
-from steering.transitions import EtaKernel, memoryless, rbf_sde
+from steering.transitions import ODE, EtaKernel, memoryless, rbf_sde
 from tests.search_world import (
     BOWL,
     TABLE,
@@ -190,6 +190,27 @@ def test_without_preference_states_follow_the_plain_sde(options: dict) -> None:
         mean, variance = affine(single, method.kernel(), grid, node)
         assert errors(found, mean) < 5.0  # measured up to 1.2
         assert spread_errors(found, mean, variance) < 5.0  # measured up to 1.3
+
+
+@pytest.mark.parametrize("finish_steps", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"path": "own", "grid": "own", "eta": 0.6}], ids=str)
+def test_one_proposal_a_level_without_preference_is_the_plain_chain_bit_for_bit(
+    options: dict, finish_steps: int
+) -> None:
+    """Each level has one way to go, so the search is the base sampler with its noise."""
+    given = {"n_init": 1, "n_chains": 1, "finish_steps": finish_steps, **options}
+    levels = 5 if options else 9
+    for accept in (">", ">="):
+        method, model = RBF(n_proposals=levels, accept=accept, **given), plane()
+        result = steer(model, constant, method, seed=5)
+        ctx = Context(model=model, cond=0, seed=5, plan=plan_of(model, method))
+        x = ctx.noise(1)
+        for i, (t, u) in enumerate(ctx.grid.steps()):
+            move = method.kernel() if i < levels else ODE
+            name = {"stream": "chain/0", "slots": [i]} if i < levels else {}
+            x = ctx.move(x, model.predict(x, t), t, u, move, step=i, **name)
+        assert len(ctx.grid) == levels + finish_steps
+        assert torch.equal(result.samples, x)
 
 
 @pytest.mark.parametrize("path", [VP(), Cosine(), Linear()])
