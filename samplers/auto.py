@@ -26,7 +26,7 @@ from steering.ledger import Budget
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score, Share
-from steering.samplers.base import Sampler, afford, check_scale, within_budget
+from steering.samplers.base import Sampler, afford, check_scale, refuse_idle, within_budget
 from steering.samplers.best_of_n import BestOfN
 from steering.samplers.fk import FK
 from steering.samplers.rollout import walk
@@ -80,6 +80,8 @@ class Auto(Sampler):
                 "auto: preview_at must lie in (0, 1) and rank_threshold in [-1, 1], got "
                 f"{self.preview_at} and {self.rank_threshold}."
             )
+        if self.follow != "auto":
+            refuse_idle(self, f"follow={self.follow!r}", "rank_threshold")
         if self.follow != "best_of_n" and not self.kernel().stochastic:
             raise OptionError(
                 "auto: particles need a stochastic sampler; set eta > 0, or follow='best_of_n'."

@@ -232,8 +232,7 @@ def refuse_idle(method: Sampler, setting: str, *options: str) -> None:
     idle = [f"{o}={getattr(method, o)!r}" for o in options if getattr(method, o) != usual[o]]
     if idle:
         raise OptionError(
-            f"{method.name}: {setting} makes no use of {', '.join(idle)}. Leave out one or the "
-            "other."
+            f"{method.name}: {', '.join(idle)} has no meaning with {setting}. Leave one out."
         )
 
 

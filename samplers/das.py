@@ -18,11 +18,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from steering.errors import OptionError
 from steering.method import Context
 from steering.particles import State
 from steering.paths import Time
 from steering.registry import METHODS
+from steering.samplers.base import refuse_idle
 from steering.samplers.tds import Twisted
 from steering.samplers.twists import check_positive, doubling, raise_temper
 from steering.transitions import Step
@@ -36,8 +36,8 @@ class DAS(Twisted):
     Attributes:
         tempering: "exp" min((1 + gamma)^i - 1, 1), "poly" min((gamma i)^power, 1), "adaptive" the
             temper at which the effective sample size meets ess_threshold, "none" 1.
-        gamma: its speed; None reaches 1 after 87 % of the steps, as the authors' 0.008 does on
-            their 100.
+        gamma: its speed; None reaches 1 after 87 % of the twisted steps, as the authors' 0.008
+            does on their 100.
         power: of "poly".
     """
 
@@ -61,8 +61,11 @@ class DAS(Twisted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, gamma=self.gamma, power=self.power)
-        if self.tempering == "none" and self.gamma is not None:
-            raise OptionError("das: gamma has no meaning with tempering='none'.")
+        setting = f"tempering={self.tempering!r}"
+        if self.tempering in ("none", "adaptive"):
+            refuse_idle(self, setting, "gamma")
+        if self.tempering != "poly":
+            refuse_idle(self, setting, "power")
 
     def schedule(self, k: int, steps: int) -> float:
         """lambda_k of the fixed schedules over ``steps`` twisted steps."""

@@ -13,6 +13,7 @@ from steering.errors import OptionError
 from steering.method import Context, as_float64
 from steering.registry import METHODS
 from steering.requests import Decode, Gradient, Request, Score
+from steering.samplers.base import refuse_idle
 from steering.samplers.noise_optimisation import Iterate, NoiseOptimisation
 
 
@@ -58,6 +59,8 @@ class DNO(NoiseOptimisation):
                 "dno: n_perturbations must be at least 1 and perturbation positive, got "
                 f"{self.n_perturbations} and {self.perturbation}."
             )
+        if self.estimator == "autograd":
+            refuse_idle(self, "estimator='autograd'", "n_perturbations", "perturbation")
 
     @property
     def differentiates_reward(self) -> bool:

@@ -39,6 +39,7 @@ from steering.samplers.base import (
     deliver,
     fit_population,
     lift,
+    refuse_idle,
     tilt,
 )
 from steering.samplers.fk_authors import run_authors
@@ -76,7 +77,7 @@ class FK(Sampler):
         noise_levels: the same as noise shares sigma / (alpha + sigma), instead of fractions.
         damping: "measured" lets early potentials count less, by the measured slope of final
             rewards on those of one-step estimates; "none" takes them in full, as look-ahead and
-            draws always do.
+            draws always do. None is "measured", in mode "authors" "none".
         resample: "ess" when the effective sample size falls below ess_threshold * n_particles,
             "always" or "never".
         resampler: a scheme of steering.resampling.
@@ -92,7 +93,7 @@ class FK(Sampler):
     potential: str | Potential = "difference"
     checkpoints: tuple[float, ...] = (0.4, 0.55, 0.7, 0.85)
     noise_levels: tuple[float, ...] | None = None
-    damping: Damping = "measured"
+    damping: Damping | None = None
     resample: Literal["ess", "always", "never"] = "ess"
     ess_threshold: float = 0.5
     resampler: str = "systematic"
@@ -141,8 +142,16 @@ class FK(Sampler):
         # An instance is as honest as its options.
         target = "tilted" if self.mode == "exact" else "heuristic"
         object.__setattr__(self, "target", target)
-        if self.guide is not None and self.mode == "authors":
+        if self.mode == "authors":
+            self._check_authors()
+
+    def _check_authors(self) -> None:
+        if self.guide is not None:
             raise OptionError("fk: mode='authors' knows no guidance; use mode='exact'.")
+        idle = ("lookahead", "n_draws", "ess_threshold", "resampler")
+        refuse_idle(self, "mode='authors'", *idle)
+        if self.damping == "measured":
+            raise OptionError("fk: mode='authors' damps nothing; leave damping out.")
 
     @property
     def weighed(self) -> bool:
@@ -224,7 +233,7 @@ class FK(Sampler):
     def _factor(self, grid: Grid, i: int) -> float:
         """What the potential of step i counts; only one-step estimates are in doubt."""
         plain = self.lookahead == 0 and self.n_draws == 1
-        return damping(self.damping if plain else "none", grid, i)
+        return damping(self.damping or "measured" if plain else "none", grid, i)
 
     def _potential(self, history: Tensor) -> Tensor:
         rule = POTENTIALS[self.potential] if isinstance(self.potential, str) else self.potential

@@ -23,7 +23,7 @@ from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.model import Model
 from steering.requests import Decode, Denoise, Gradient, Outcome, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, afford, check_scale, within_budget
+from steering.samplers.base import Sampler, afford, check_scale, refuse_idle, within_budget
 from steering.samplers.regularisers import slope
 from steering.samplers.rollout import require_noise
 from steering.scoring import Scores
@@ -116,6 +116,10 @@ class NoiseOptimisation(Sampler):
                 f"{self.name}: momentum must lie in [0, 1) and reg_weight must not be negative, "
                 f"got {self.momentum} and {self.reg_weight}."
             )
+        if self.optimizer == "adam":
+            refuse_idle(self, "optimizer='adam'", "momentum")
+        if self.regulariser == "none":
+            refuse_idle(self, "regulariser='none'", "reg_weight")
         still = self.transition == "eta" and not self.eta
         if self.variables == "all" and (still or not self.kernel().stochastic):
             raise OptionError(

@@ -37,6 +37,7 @@ from steering.samplers.base import (
     check_levels,
     check_scale,
     checkpoint_steps,
+    refuse_idle,
     within_budget,
 )
 from steering.samplers.guides import Guide, Rows
@@ -111,6 +112,8 @@ class ParallelTempering(Sampler):
                 f"parallel_tempering: burn_in must lie in 0..iterations - 1, got {self.burn_in}."
             )
         check_scale("parallel_tempering", self.reward_scale)
+        idle = "cuts" if self.move == "blend" else "blend"
+        refuse_idle(self, f"move={self.move!r}", idle)
         if self.kernel().stochastic != (self.move == "tail"):
             raise OptionError(
                 "parallel_tempering: move='blend' moves the starting noise of deterministic "

@@ -34,7 +34,7 @@ from steering.model import Model
 from steering.paths import VP, Linear, Path
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
 from steering.samplers.rbf_chain import Chain, Quotas, Stand
 from steering.samplers.rbf_levels import OnPath, rbf_grid
 from steering.samplers.rollout import judge, walk
@@ -139,6 +139,10 @@ class RBF(Sampler):
             raise OptionError(
                 f"rbf: level_times must fall from 1 to 0 with a level between, got {times}."
             )
+        if times is not None:
+            refuse_idle(self, "level_times", "grid", "steps")
+        if self.finish == "none":
+            refuse_idle(self, "finish='none'", "finish_steps")
         if not self.kernel().stochastic:
             raise OptionError(
                 "rbf proposes next states, but eta=0 makes the sampler deterministic: all "

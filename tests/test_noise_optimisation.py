@@ -164,10 +164,9 @@ def test_the_radius_penalty_holds_the_noise_where_the_reward_pulls_it_away():
     free, held = (
         steering.steer(
             bump(32), reward=pull, seed=1,
-            method=ReNO(n_iterations=40, lr=0.5, clip=1.0, regulariser=name, reg_weight=20.0,
-                        reward_scale=1.0),
+            method=ReNO(n_iterations=40, lr=0.5, clip=1.0, reward_scale=1.0, **held),
         ).trace.column("radius")[-1][0]
-        for name in ("none", "radius")
+        for held in ({"regulariser": "none"}, {"regulariser": "radius", "reg_weight": 20.0})
     )  # fmt: skip
     assert free > 1.8
     assert held < 1.3
