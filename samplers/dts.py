@@ -64,14 +64,20 @@ class DTS(TreeSearch):
         return tree.choose(node, next(uniforms))
 
     def _chosen(self, ctx: Context, tree: Tree) -> tuple[list[int], Tensor, float | None]:
-        # Where a node branches more often the better it looks, the root's value is biased low:
-        # it is an estimate of ln Z only while nothing branches but the noise.
-        flat = self.backup == "soft" and len(tree.levels) == 1
-        log_z = tree.value[ROOT] if flat else None
+        # Where a node branches more often the better it looks, the root's value is biased low.
+        # It estimates ln Z where nothing branches but the noise, and where every node has as many
+        # children as any may have: then no reward has decided how many.
+        fixed = len(tree.levels) == 1 or self._full(tree)
+        log_z = tree.value[ROOT] if fixed and self.backup == "soft" else None
         if self.k is None:
             return tree.leaves, tree.log_weights(), log_z
         drawn = tree.draw(self.k, ctx.key("select"))
         return drawn, torch.zeros(len(drawn), dtype=torch.float64), log_z
+
+    def _full(self, tree: Tree) -> bool:
+        """Whether every node has all the children that it may have."""
+        inner = (node for node in range(len(tree)) if not tree.is_leaf(node))
+        return all(len(tree.children[node]) == self._most for node in inner)
 
 
 @METHODS.register("dts_star")

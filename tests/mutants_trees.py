@@ -74,6 +74,13 @@ MUTANTS = (
         (f"{DTS}::test_dts_descends_by_chance",),
     ),
     Mutant(
+        "dts: a normaliser of half a tree",
+        "samplers/dts.py",
+        "fixed = len(tree.levels) == 1 or self._full(tree)",
+        "fixed = True",
+        (f"{DTS}::test_a_normaliser_only_where_no_reward_decides_how_many_children",),
+    ),
+    Mutant(
         "dts: no exploration",
         "samplers/dts.py",
         "return q + self.c_uct * math.sqrt(math.log(v) / tree.visits[child])",

@@ -62,7 +62,8 @@ def test_a_tree_of_fixed_width_is_unbiased(world: str) -> None:
     else:
         mean = float(f(model.tilted(reward, scale).moments()[0][None]))
     log_z = model.log_normaliser(reward, scale)
-    z = [math.exp(r.trace.column("root_value")[-1] - log_z) for r in results]
+    assert [r.log_z for r in results] == [r.trace.column("root_value")[-1] for r in results]
+    z = [math.exp(r.log_z - log_z) for r in results]
     zf = [a * float(r.weights @ f(r.samples)) for a, r in zip(z, results, strict=True)]
     assert errors(z, 1.0, noise=0.1) < 5.0
     assert errors(zf, mean, noise=0.1) < 5.0
@@ -189,6 +190,19 @@ def test_without_branching_it_is_best_of_n_bit_for_bit(model: str) -> None:
     best = steer(MODELS[model](), reward, DTSStar(**options), seed=3)
     assert torch.equal(best.samples, base.samples[:1])
     assert torch.equal(best.rewards, base.rewards[:1])
+
+
+def test_a_normaliser_only_where_no_reward_decides_how_many_children() -> None:
+    wide = {"widening": 2.0, "widening_power": 0.0, "branch_levels": (0.5,)}
+    full, part = (steer(line(), LINE, DTS(**wide, trajectories=n)) for n in (3, 2))
+    assert len(full) == 4
+    assert full.log_z == full.trace.column("root_value")[-1]
+    assert len(part) < 4
+    assert part.log_z is None
+    capped = {"max_children": 2, "branch_levels": (0.5,), "trajectories": 9}
+    assert steer(line(), LINE, DTS(**capped)).log_z is not None
+    assert steer(line(), LINE, DTS(branch_levels=(0.5,), trajectories=9)).log_z is None
+    assert steer(line(), LINE, DTS(**wide, trajectories=3, backup="mean")).log_z is None
 
 
 @pytest.mark.parametrize("backup", ["mean", "max"])
