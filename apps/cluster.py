@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steering.apps.geneval_run import WINDOW, Settings, Worker
@@ -18,6 +19,7 @@ from steering.apps.geneval_store import Job, Made
 from steering.errors import OptionError, SteeringError
 
 CHUNKS = 4  # per worker: enough to share the work evenly, few enough to fill batches
+START = 300.0  # seconds that a worker may take to start; opening the model comes after
 
 
 class Actor:
@@ -37,9 +39,13 @@ class Actor:
             self.worker = Worker(self.settings)
         return self.worker
 
+    def pid(self) -> int:
+        """The process it runs in."""
+        return os.getpid()
+
     def describe(self, first: Job | None) -> dict[str, Any]:
-        """`Worker.describe`, with the process it runs in."""
-        return {**self.open().describe(first), "pid": os.getpid()}
+        """`Worker.describe`."""
+        return self.open().describe(first)
 
     def samples(self, jobs: list[Job]) -> Iterator[Made]:
         """`Worker.samples`."""
@@ -56,8 +62,8 @@ class Cluster:
         workers: how many; by default one per GPU of the cluster, or one.
 
     Raises:
-        OptionError: Ray is not installed.
-        SteeringError: the cluster cannot be reached, or the settings cannot be used.
+        OptionError: Ray is not installed, or the cluster has no room for so many workers.
+        SteeringError: the cluster cannot be reached.
     """
 
     def __init__(
@@ -73,19 +79,19 @@ class Cluster:
         self.ray, self.settings = ray, settings
         self._mine = not ray.is_initialized()
         if self._mine:
-            try:
-                ray.init(address=address, include_dashboard=False, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise SteeringError(f"No Ray cluster at {address!r}: {error}") from error
-        resources = ray.cluster_resources()
-        self.gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        count = workers or self.gpus or 1
-        self.threads = None if self.gpus else max(1, cpus // count)
-        self.actors = [self._spawn() for _ in range(count)]
+            _join(ray, address)
+        self.actors: list[Any] = []
+        self._starting: dict[Any, Any] = {}  # sign of life -> worker that takes another's place
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            count, self.share, self.threads = shares(nodes, settings.device, workers)
+            self.actors = [self._spawn() for _ in range(count)]
+        except BaseException:
+            self.close()
+            raise
 
     def _spawn(self) -> Any:  # noqa: ANN401
-        share = {"num_gpus": 1} if self.gpus else {"num_cpus": self.threads}
-        return self.ray.remote(Actor).options(**share).remote(self.settings, self.threads)
+        return self.ray.remote(Actor).options(**self.share).remote(self.settings, self.threads)
 
     def describe(self, first: Job | None = None) -> dict[str, Any]:
         """What the workers' model says of itself; all of them must agree.
@@ -97,28 +103,49 @@ class Cluster:
             SteeringError: a worker cannot open the model, or opened another one; or as there.
         """
         try:
+            self._wait_for_start()
             found = self.ray.get([actor.describe.remote(first) for actor in self.actors])
         except self.ray.exceptions.RayTaskError as error:
             raise _cause(error) from error
         except self.ray.exceptions.RayActorError as error:
             raise SteeringError(f"A Ray worker died while opening the model: {error}") from error
-        self.pids = [answer.pop("pid") for answer in found]
         prints = {answer["model"]["fingerprint"] for answer in found}
         if len(prints) > 1:
             raise SteeringError(f"The workers opened different weights: {sorted(prints)}.")
         return found[0]
 
+    def _wait_for_start(self) -> None:
+        signs = [actor.pid.remote() for actor in self.actors]
+        _, late = self.ray.wait(signs, num_returns=len(signs), timeout=START)
+        if late:
+            raise SteeringError(
+                f"{len(late)} of {len(signs)} Ray workers have not started within {START:.0f} s: "
+                "the cluster is busy. Ask for fewer --workers, or wait until it has room."
+            )
+        self.pids = self.ray.get(signs)
+
     def samples(self, jobs: list[Job]) -> Iterator[Made]:
-        """The jobs' images as they are finished, and an error for each that its worker lost."""
+        """The jobs' images as they are finished, and an error for each that its worker lost.
+
+        Raises:
+            SteeringError: every worker has died, and the cluster has no room for others.
+        """
         ray, queue = self.ray, deque(_chunks(jobs, len(self.actors)))
-        idle, running = list(self.actors), {}
+        new = list(self._starting.values())
+        idle, running = [actor for actor in self.actors if actor not in new], {}
         while queue or running:
             while idle and queue:
                 actor, chunk = idle.pop(), queue.popleft()
                 stream = actor.samples.options(num_returns="streaming").remote(chunk)
                 running[stream] = (actor, {job.key: job for job in chunk})
-            ready, _ = ray.wait(list(running), num_returns=1)
+            limit = None if running else START
+            ready, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=limit)
+            if not ready:
+                raise SteeringError(f"No Ray worker is left, and none started in {START:.0f} s.")
             stream = ready[0]
+            if stream in self._starting:
+                idle.append(self._starting.pop(stream))
+                continue
             actor, left = running[stream]
             try:
                 made = ray.get(next(stream))
@@ -130,7 +157,7 @@ class Cluster:
             except ray.exceptions.RayError as error:  # the actor or its node is gone
                 del running[stream]
                 self.actors[self.actors.index(actor)] = fresh = self._spawn()
-                idle.append(fresh)
+                self._starting[fresh.pid.remote()] = fresh  # a lost node leaves no room for it
                 words = str(error).strip().splitlines()[0]
                 yield from (Made(job=j, error=f"worker died: {words}") for j in left.values())
             else:
@@ -149,6 +176,54 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def shares(
+    nodes: Sequence[Mapping[str, float]], device: str | None, workers: int | None
+) -> tuple[int, dict[str, int], int | None]:
+    """(workers, what each takes of a node, its threads) for nodes with these resources.
+
+    Raises:
+        OptionError: more workers than the nodes have room for, or a device they do not have.
+    """
+    kind, _, index = (device or "").partition(":")
+    if index:
+        raise OptionError(
+            f"--device {device}: Ray gives every worker a GPU of its own. Give cuda, cpu, or "
+            "nothing with --engine ray."
+        )
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if kind == "cuda" and not gpus:
+        raise OptionError("--device cuda: no node of the Ray cluster has a GPU.")
+    on_gpu = gpus > 0 and kind != "cpu"
+    room, things = (gpus, "GPUs") if on_gpu else (sum(cpus), "CPUs")
+    count = (gpus if on_gpu else 1) if workers is None else workers
+    if not 1 <= count <= room:
+        raise OptionError(
+            f"--workers {count}: the Ray cluster has {room} {things}, give 1 to {room}."
+        )
+    if on_gpu:
+        return count, {"num_gpus": 1}, None
+    fitting = [t for t in range(1, max(cpus) + 1) if sum(c // t for c in cpus) >= count]
+    return count, {"num_cpus": fitting[-1]}, fitting[-1]
+
+
+def _join(ray: Any, address: str | None) -> None:  # noqa: ANN401
+    """Connects to a cluster, or starts one here.
+
+    Raises:
+        SteeringError: nobody answers at the address.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        if address is None:  # by default its workers yield to everything else on the machine
+            os.environ.setdefault("RAY_worker_niceness", "0")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise SteeringError(f"No Ray cluster at {address!r}: {error}") from error
 
 
 def _chunks(jobs: list[Job], workers: int) -> list[list[Job]]:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from steering.apps.cluster import Cluster, _chunks
+from steering.apps import cluster as clusters
+from steering.apps.cluster import Cluster, _chunks, shares
 from steering.apps.geneval_folder import look
 from steering.apps.geneval_run import Settings, Worker, make, run_json
 from steering.apps.geneval_score import score_folder
 from steering.apps.geneval_store import Job, Journal, Store
-from steering.errors import OptionError
+from steering.errors import OptionError, SteeringError
 from steering.rewards.geneval_colors import Scorer, StickerColors
 from steering.rewards.geneval_detectors import Stickers
 from steering.stickers import parse, prompts
@@ -53,6 +54,32 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OptionError, match=r"pip install .*cluster"):
         Cluster(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "workers", "found"),
+    [
+        ([{"CPU": 8}], None, None, (1, {"num_cpus": 8}, 8)),
+        ([{"CPU": 8}], None, 3, (3, {"num_cpus": 2}, 2)),
+        ([{"CPU": 4}, {"CPU": 2}], None, 2, (2, {"num_cpus": 2}, 2)),  # 6 // 2 = 3 fits once only
+        ([{"CPU": 2}, {"CPU": 2}], None, 1, (1, {"num_cpus": 2}, 2)),  # no node has four
+        ([{"CPU": 1}] * 3, None, 3, (3, {"num_cpus": 1}, 1)),
+        ([{"CPU": 0}, {"CPU": 8, "GPU": 2}], None, None, (2, {"num_gpus": 1}, None)),
+        ([{"CPU": 8, "GPU": 2}], "cuda", 1, (1, {"num_gpus": 1}, None)),
+        ([{"CPU": 8, "GPU": 2}], "cpu", 4, (4, {"num_cpus": 2}, 2)),
+        ([{"CPU": 2}], None, 3, "2 CPUs"),
+        ([{"CPU": 8, "GPU": 2}], None, 3, "2 GPUs"),
+        ([{"CPU": 8}], None, 0, "give 1 to 8"),
+        ([{"CPU": 8}], "cuda", None, "no node"),
+        ([{"CPU": 8, "GPU": 2}], "cuda:1", None, "GPU of its own"),
+    ],
+)
+def test_workers_fit_on_the_nodes_or_are_refused(nodes, device, workers, found):
+    if isinstance(found, str):
+        with pytest.raises(OptionError, match=found):
+            shares(nodes, device, workers)
+    else:
+        assert shares(nodes, device, workers) == found
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +157,15 @@ def test_verdicts_equal_the_local_engines(runs):
         mine = np.asarray(Image.open(sample.path), np.int16)
         theirs = np.asarray(Image.open(local / sample.line["file"]), np.int16)
         assert np.abs(mine - theirs).max() <= 1
+
+
+def test_a_cluster_without_room_says_so(runs, monkeypatch):
+    with pytest.raises(OptionError, match="2 CPUs"):
+        Cluster(SETTINGS, workers=3)
+    monkeypatch.setattr(clusters, "START", 2.0)
+    with (
+        Cluster(SETTINGS, workers=1),  # takes both
+        Cluster(SETTINGS, workers=2) as late,
+        pytest.raises(SteeringError, match="2 of 2 Ray workers have not started within 2 s"),
+    ):
+        late.describe()
