@@ -2,7 +2,8 @@
 
 python -m benchmarks.run [CLAIM ...] [--out DIR] [--prompts N] [--nfe N]
 
-Claims: share, throughput, sequential, methods, rewards, own_share, resize, precision.
+Claims: share, throughput, sequential, methods, rewards, own_share, resize, precision,
+demo_load.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    demo_load,
     methods,
     own_share,
     precision,
@@ -34,6 +36,7 @@ CLAIMS = {
     "own_share": own_share.run,
     "resize": resize.run,
     "precision": precision.run,
+    "demo_load": demo_load.run,
 }
 
 
