@@ -38,6 +38,13 @@ MUTANTS = (
         (f"{REFLECT}::test_rewritten_prompts_reach_the_network",),
     ),
     Mutant(
+        "auto: what follows the pilot is thrown away",
+        "samplers/auto.py",
+        "best = found if float(found.reward) > float(best.reward) else best",
+        "best = best if float(found.reward) > float(best.reward) else found",
+        ("tests/test_optimum.py::test_the_maximum_of_a_quadratic_reward_is_found[auto]",),
+    ),
+    Mutant(
         "what follows the pilot draws its noise again",
         "samplers/auto.py",
         "replace(ctx, seed=seed)",

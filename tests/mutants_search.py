@@ -6,6 +6,7 @@ from mutant import Mutant
 
 QUOTAS = "tests/test_rbf.py::test_quotas_are_kept_and_roll_over"
 MOVES = "tests/test_rbf.py::test_what_a_chain_moves_to_and_what_it_must_beat"
+CHAIN = "tests/test_rbf.py::test_one_proposal_a_level"
 PLAIN = "tests/test_rbf.py::test_without_preference_states_follow_the_plain_sde"
 ELITES = "tests/test_evo.py::test_elites_survive_unchanged_at_the_level_they_were_found"
 MIDDLE = "tests/test_evo.py::test_the_law_of_states_mutated_on_the_way"
@@ -71,9 +72,16 @@ MUTANTS = (
     Mutant(
         "rbf: the estimate is delivered although a finish was asked for",
         "samplers/rbf.py",
-        'if self.finish == "none":',
-        "if True:",
+        'if self.finish == "none":\n            x',
+        "if True:\n            x",
         ("tests/test_rbf.py::test_the_delivered_sample_is_denoised_and_scored_again",),
+    ),
+    Mutant(
+        "rbf: proposals of one level share their noise with the next",
+        "samplers/rbf.py",
+        "kernel, step=k, slots=slots, stream=chain.stream",
+        "kernel, step=0, slots=slots, stream=chain.stream",
+        (f"{CHAIN}_without_preference_is_the_plain_chain_bit_for_bit",),
     ),
     Mutant(
         "rbf: levels of img2img not squeezed",

@@ -74,6 +74,13 @@ MUTANTS = (
         (f"{DTS}::test_dts_descends_by_chance",),
     ),
     Mutant(
+        "dts: a tree that widens claims the tilted law",
+        "samplers/dts.py",
+        'if self.backup == "soft" and fixed else',
+        'if self.backup == "soft" else',
+        (f"{DTS}::test_the_default_tree_keeps_a_bias",),
+    ),
+    Mutant(
         "dts: a normaliser of half a tree",
         "samplers/dts.py",
         "fixed = len(tree.levels) == 1 or self._full(tree)",
@@ -242,6 +249,23 @@ MUTANTS = (
         "blend(z, xi, self.blend**share)",
         "(1 - self.blend**share) * z + self.blend**share * xi",
         (f"{TEMPER}::test_blends_have_the_right_share_of_fresh_noise",),
+    ),
+    Mutant(
+        "tempering: the coldest chain is moved at half its scale",
+        "samplers/parallel_tempering.py",
+        "            accept = accepted(\n                scales,",
+        "            accept = accepted(\n                scales.clamp(max=scales[-1] / 2),",
+        (
+            f"{TEMPER}::test_new_tails_have_the_tilted_law[cloud]",
+            f"{TEMPER}::test_blended_noise_has_the_tilted_law_of_many_weighted_samples[sixteen]",
+        ),
+    ),
+    Mutant(
+        "tempering: a proposal of fresh noise keeps some of the old",
+        "samplers/parallel_tempering.py",
+        "self.blend**share) for",
+        "0.9 * self.blend**share) for",
+        (f"{TEMPER}::test_one_chain_without_reward_draws_independent_samples_bit_for_bit",),
     ),
     Mutant(
         "tempering: accepted tails keep the old states",
