@@ -111,10 +111,11 @@ class Auto(Sampler):
             try:
                 n = self.pilot + afford(plan, cost, 32 - self.pilot, "pilot with one more sample")
             except BudgetError:
-                within_budget(plan, replace(fitted, n=self.pilot).cost(plan), "auto's pilot")
+                least = replace(fitted, n=self.pilot)
+                within_budget(plan, least.cost(plan), "auto's pilot", self)
                 n = self.pilot
             return replace(fitted, n=n)
-        within_budget(plan, fitted.cost(plan), f"auto with n={self.n}")
+        within_budget(plan, fitted.cost(plan), f"auto with n={self.n}", self)
         return fitted
 
     @property

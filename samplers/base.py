@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steering.errors import BudgetError, OptionError, unknown_name
+from steering.errors import OptionError, unknown_name
 from steering.grids import SHAPES, Grid, starting_at
 from steering.kernels.step import Move
 from steering.method import Context, Cost, Plan, as_float64, coerce
@@ -19,6 +20,8 @@ from steering.model import Model
 from steering.particles import State, ess, log_mean_exp
 from steering.paths import Path, Prediction, Time, Times
 from steering.requests import Decode, Denoise, Outcome, Progress, Request, Score
+from steering.samplers.budgets import afford as afford
+from steering.samplers.budgets import within_budget as within_budget
 from steering.samplers.guided import Lead, as_guide, check_weighed
 from steering.samplers.guides import Guide
 from steering.samplers.twists import require_gaussian
@@ -242,43 +245,6 @@ def tilt(reward: Tensor, reward_scale: float | None) -> Tensor:
     return reward_scale * reward if reward_scale else torch.zeros_like(reward)
 
 
-def afford(plan: Plan, cost: Callable[[int], Cost], default: int, what: str) -> int:
-    """The largest population that the budget pays for, or the default where there is no cap.
-
-    Raises:
-        BudgetError: not even one; says how much one needs.
-    """
-    limits = []
-    for name in ("nfe", "reward_calls"):
-        cap = getattr(plan.budget, name)
-        if cap is None:
-            continue
-        one, two = getattr(cost(1), name), getattr(cost(2), name)
-        if one > cap:
-            raise BudgetError(
-                f"{name}={cap} is too small: one {what} needs {one} here "
-                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it to "
-                "that, or lower the number of steps."
-            )
-        limits.append(1 + (cap - one) // (two - one))
-    return min(limits) if limits else default
-
-
-def within_budget(plan: Plan, cost: Cost, what: str) -> None:
-    """Raises where a size the user chose costs more than the budget.
-
-    Raises:
-        BudgetError: says what is needed.
-    """
-    for name in ("nfe", "reward_calls"):
-        cap, need = getattr(plan.budget, name), getattr(cost, name)
-        if cap is not None and need > cap:
-            raise BudgetError(
-                f"{what} needs {name}={need}, the budget is {cap}. Raise the budget, or lower "
-                "the number of samples or steps."
-            )
-
-
 M = TypeVar("M", bound=Sampler)
 
 
@@ -298,9 +264,9 @@ def fit_population(method: M, plan: Plan, default: int) -> M:
         def cost(n: int) -> Cost:
             return replace(options, n_particles=n).cost(plan)
 
-        return replace(fitted, n_particles=afford(plan, cost, default, "particle"))
+        return replace(fitted, n_particles=afford(plan, cost, default, "particle", options))
     what = f"{options.name} with {options.n_particles} particles"
-    within_budget(plan, options.cost(plan), what)
+    within_budget(plan, options.cost(plan), what, options)
     return fitted
 
 
@@ -324,7 +290,7 @@ def checkpoint_steps(
 def check_levels(method: Sampler, option: str, grid: Grid, steps: Sequence[int]) -> None:
     """Raises where levels that the user chose leave no step of the grid.
 
-    The defaults may: on a grid of one or two steps there is nothing to choose before the end.
+    The defaults may, with a warning: on one or two steps nothing is judged before the end.
 
     Args:
         option: the name of the option that holds fractions of the steps; ``noise_levels`` stand
@@ -335,12 +301,29 @@ def check_levels(method: Sampler, option: str, grid: Grid, steps: Sequence[int])
         option = "noise_levels"
     levels = getattr(method, option)
     usual = {f.name: f.default for f in fields(method)}[option]
+    if levels and not steps and levels == usual:
+        warnings.warn(
+            f"{method.name}: the default {option} leave no step of a grid of {len(grid)}, so only "
+            "finished samples are judged. Take more steps, or a method for few, such as zero_order.",
+            stacklevel=3,
+        )
     if levels and not steps and levels != usual:
         raise OptionError(
             f"{method.name}: {option}={levels} leave no step of a grid of {len(grid)}: they round "
-            "to its last step, which adds no noise, or to its end. Move them towards the noise, "
-            "take more steps, or pass ()."
+            f"to its last step, which adds no noise, or to its end. {_room(option, grid)} Move "
+            "them towards the noise, take more steps, or pass ()."
         )
+
+
+def _room(option: str, grid: Grid) -> str:
+    """The last level at which something can be judged before the end."""
+    step = len(grid) - 2
+    if step < 0:
+        return "No share is usable here."
+    if option != "noise_levels":
+        return f"The largest usable share here is {step / len(grid):.4g}."
+    share = grid.times[step].sigma / (grid.times[step].alpha + grid.times[step].sigma)
+    return f"The smallest usable share here is {share:.4g}."
 
 
 def damping(rule: Damping, grid: Grid, step: int) -> float:

@@ -110,9 +110,9 @@ class BestOfMajority(Sampler):
         if self.n is None:
             one = replace(self, k=1)
             default = max(16, self.k)
-            n = afford(plan, lambda n: replace(one, n=n).cost(plan), default, "sample")
+            n = afford(plan, lambda n: replace(one, n=n).cost(plan), default, "sample", self)
             return replace(self, n=n)
-        within_budget(plan, self.cost(plan), f"best_of_majority with n={self.n}")
+        within_budget(plan, self.cost(plan), f"best_of_majority with n={self.n}", self)
         return self
 
     def run(self, ctx: Context) -> Run:

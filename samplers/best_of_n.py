@@ -77,9 +77,9 @@ class BestOfN(Sampler):
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
             default = max(16, self.k)
-            n = afford(plan, lambda n: replace(self, n=n, k=1).cost(plan), default, "sample")
+            n = afford(plan, lambda n: replace(self, n=n, k=1).cost(plan), default, "sample", self)
             return replace(fitted, n=n)
-        within_budget(plan, self.cost(plan), f"best_of_n with n={self.n}")
+        within_budget(plan, self.cost(plan), f"best_of_n with n={self.n}", self)
         return fitted
 
     def run(self, ctx: Context) -> Run:

@@ -183,7 +183,7 @@ class Evo(Sampler):
     def fit(self, plan: Plan) -> Evo:
         if self.n_particles is not None:
             what = f"evo with generations of {list(self.sizes())}"
-            within_budget(plan, self.cost(plan), what)
+            within_budget(plan, self.cost(plan), what, self)
             return self
         open_ended = replace(self, elites=0)
 
@@ -191,7 +191,7 @@ class Evo(Sampler):
             return replace(open_ended, n_particles=n).cost(plan)
 
         what = f"individual in {len(self.schedule) + 1} generations"
-        n = afford(plan, cost, max(8, 2 * self.elites), what)
+        n = afford(plan, cost, max(8, 2 * self.elites), what, open_ended)
         if self.schedule and n <= self.elites:
             raise BudgetError(
                 f"The budget pays for generations of {n}, which {self.elites} elites fill. It "

@@ -35,6 +35,7 @@ from steering.samplers.base import (
     Sampler,
     check_levels,
     check_scale,
+    checkpoint_steps,
     damping,
     deliver,
     fit_population,
@@ -181,11 +182,7 @@ class FK(Sampler):
         The last step adds no noise: copies made before it would be delivered as copies, and the
         finished samples are scored right after it. So it is never a checkpoint.
         """
-        if self.noise_levels is not None:
-            steps = {grid.index_of_sigma(level) for level in self.noise_levels}
-        else:
-            steps = {grid.nearest(fraction) for fraction in self.checkpoints}
-        return sorted(i for i in steps if i < len(grid) - 1)
+        return checkpoint_steps(grid, self.checkpoints, self.noise_levels)
 
     def cost(self, plan: Plan) -> Cost:
         n, steps = self.n_particles or 1, self.checkpoint_steps(plan.grid)
@@ -210,7 +207,8 @@ class FK(Sampler):
         return [i + (k * left) // count for k in range(count)]
 
     def fit(self, plan: Plan) -> FK:
-        check_levels(self, "checkpoints", plan.grid, self.checkpoint_steps(plan.grid))
+        if self.mode == "exact" and self.potential != "none":
+            check_levels(self, "checkpoints", plan.grid, self.checkpoint_steps(plan.grid))
         return fit_population(self, plan, 8)
 
     def run(self, ctx: Context) -> Run:

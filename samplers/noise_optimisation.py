@@ -161,9 +161,9 @@ class NoiseOptimisation(Sampler):
             def cost(k: int) -> Cost:
                 return replace(self, n_iterations=k).cost(plan)
 
-            return replace(fitted, n_iterations=afford(plan, cost, 50, "iteration"))
+            return replace(fitted, n_iterations=afford(plan, cost, 50, "iteration", self))
         what = f"{self.name} with {self.n_iterations} iterations of {self.restarts} starts"
-        within_budget(plan, self.cost(plan), what)
+        within_budget(plan, self.cost(plan), what, self)
         return fitted
 
     # --- the algorithm -----------------------------------------------------------------------

@@ -167,7 +167,7 @@ class ParallelTempering(Sampler):
         n = self.n_particles or (len(self.ladder) if self.ladder else None)
         if n is None:
             most = afford(
-                plan, lambda n: replace(self, n_particles=n).cost(plan), _CHAINS, "chain"
+                plan, lambda n: replace(self, n_particles=n).cost(plan), _CHAINS, "chain", self
             )
             # Where the number of moves is open too, the budget goes to them.
             n = most if self.iterations else min(most, _CHAINS)

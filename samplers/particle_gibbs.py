@@ -149,12 +149,13 @@ class ParticleGibbs(Sampler):
         check_levels(self, "checkpoints", plan.grid, self._checkpoints(plan))
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n_particles is None:
-            n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), _SIZE, "particle")
+            n = afford(
+                plan, lambda n: replace(self, n_particles=n).cost(plan), _SIZE, "particle", self
+            )
             # Where the number of sweeps is open too, the budget goes to them.
             fitted = replace(fitted, n_particles=n if self.iterations else min(n, _SIZE))
-        within_budget(
-            plan, fitted.cost(plan), f"particle_gibbs with {fitted.n_particles} particles"
-        )
+        what = f"particle_gibbs with {fitted.n_particles} particles"
+        within_budget(plan, fitted.cost(plan), what, self)
         if self.iterations is None:
             sweeps = 1
             if fitted.n_particles != 1:

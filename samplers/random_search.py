@@ -85,10 +85,10 @@ class RandomSearch(Sampler):
 
     def fit(self, plan: Plan) -> RandomSearch:
         if self.n is None and self.rounds is None:
-            n = afford(plan, lambda n: replace(self, n=n).cost(plan), _DEFAULT, "sample")
+            n = afford(plan, lambda n: replace(self, n=n).cost(plan), _DEFAULT, "sample", self)
             return replace(self, n=n)
         sizes = self.sizes()
-        within_budget(plan, self.cost(plan), f"random_search with rounds of {sizes} samples")
+        within_budget(plan, self.cost(plan), f"random_search with rounds of {sizes} samples", self)
         return self
 
     def run(self, ctx: Context) -> Run:

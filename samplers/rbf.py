@@ -215,11 +215,13 @@ class RBF(Sampler):
 
     def fit(self, plan: Plan) -> RBF:
         if self.n_proposals is not None:
-            within_budget(plan, self.cost(plan), f"rbf with {self.n_proposals} proposals")
+            within_budget(plan, self.cost(plan), f"rbf with {self.n_proposals} proposals", self)
             fitted = self
         else:
             what = f"proposal after {self.n_chains} x {self.n_init} starting noises"
-            n = afford(plan, lambda n: replace(self, n_proposals=n).cost(plan), _DEFAULT, what)
+            n = afford(
+                plan, lambda n: replace(self, n_proposals=n).cost(plan), _DEFAULT, what, self
+            )
             fitted = replace(self, n_proposals=n)
         fitted.quotas(plan.grid)
         return fitted

@@ -90,13 +90,14 @@ class Reflect(Sampler):
 
     def fit(self, plan: Plan) -> Reflect:
         if self.rounds is not None:
-            within_budget(plan, self.cost(plan), f"reflect with {self.rounds} rounds of {self.n}")
+            what = f"reflect with {self.rounds} rounds of {self.n}"
+            within_budget(plan, self.cost(plan), what, self)
             return self
 
         def cost(rounds: int) -> Cost:
             return replace(self, rounds=rounds).cost(plan)
 
-        return replace(self, rounds=afford(plan, cost, 8, "round"))
+        return replace(self, rounds=afford(plan, cost, 8, "round", self))
 
     def run(self, ctx: Context) -> Run:
         assert self.rounds is not None

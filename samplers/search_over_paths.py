@@ -118,10 +118,10 @@ class SearchOverPaths(Sampler):
 
     def fit(self, plan: Plan) -> SearchOverPaths:
         if self.n_particles is None:
-            n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), 2, "path")
+            n = afford(plan, lambda n: replace(self, n_particles=n).cost(plan), 2, "path", self)
             return replace(self, n_particles=n)
         what = f"search_over_paths with {self.n_particles} paths of {self.n_neighbours}"
-        within_budget(plan, self.cost(plan), what)
+        within_budget(plan, self.cost(plan), what, self)
         return self
 
     def run(self, ctx: Context) -> Run:

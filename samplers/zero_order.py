@@ -83,10 +83,10 @@ class ZeroOrder(Sampler):
     def fit(self, plan: Plan) -> ZeroOrder:
         if self.rounds is None and self.n_neighbours > 0:
             what = f"round of {self.n_neighbours} neighbours and their pivot"
-            rounds = afford(plan, lambda r: replace(self, rounds=r).cost(plan), 4, what)
+            rounds = afford(plan, lambda r: replace(self, rounds=r).cost(plan), 4, what, self)
             return replace(self, rounds=rounds)
         what = f"zero_order with {self.rounds} rounds of {self.n_neighbours} neighbours"
-        within_budget(plan, self.cost(plan), what)
+        within_budget(plan, self.cost(plan), what, self)
         return self
 
     def run(self, ctx: Context) -> Run:

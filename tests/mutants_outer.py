@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 
 REFLECT, AUTO = "tests/test_reflect.py", "tests/test_auto.py"
+WAYS, IDLE = "tests/test_ways_out.py", "tests/test_idle_options.py"
 
 MUTANTS = (
     Mutant(
@@ -64,5 +65,33 @@ MUTANTS = (
         "part = need / total if total > 0.0 else 1.0 / len(capped)",
         "part = 1.0 / len(capped)",
         (f"{AUTO}::test_what_an_easy_prompt_leaves_goes_to_the_wide_ones",),
+    ),
+    Mutant(
+        "options that do not help are named",
+        "samplers/budgets.py",
+        "getattr(less.cost(plan), counter) < now",
+        "getattr(less.cost(plan), counter) <= now",
+        (f"{WAYS}::test_a_budget_too_small_names_the_options_to_lower",),
+    ),
+    Mutant(
+        "default levels without a step pass in silence",
+        "samplers/base.py",
+        "if levels and not steps and levels == usual:",
+        "if False:",
+        (f"{WAYS}::test_defaults_without_a_step_are_a_warning",),
+    ),
+    Mutant(
+        "options without meaning pass in silence",
+        "samplers/base.py",
+        "    if idle:\n",
+        "    if False:\n",
+        (f"{IDLE}::test_an_option_that_would_be_ignored_is_refused",),
+    ),
+    Mutant(
+        "reflect makes one round less",
+        "samplers/reflect.py",
+        "for k in range(self.rounds):",
+        "for k in range(max(1, self.rounds - 1)):",
+        ("tests/test_contract.py::test_the_ledger_agrees_with_the_forecast",),
     ),
 )
