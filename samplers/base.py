@@ -304,7 +304,7 @@ def check_levels(method: Sampler, option: str, grid: Grid, steps: Sequence[int])
     if levels and not steps and levels == usual:
         warnings.warn(
             f"{method.name}: the default {option} leave no step of a grid of {len(grid)}, so only "
-            "finished samples are judged. Take more steps, or a method for few, such as zero_order.",
+            "finished samples are judged. Take more steps, or another method: zero_order, reno.",
             stacklevel=3,
         )
     if levels and not steps and levels != usual:
