@@ -10,6 +10,10 @@ DECODE = "tests/test_geneval_detectors.py::"
 RUN = "tests/test_geneval_run.py::"
 REPORT = "tests/test_geneval_report.py::"
 RAY = "tests/test_geneval_ray.py::"
+FIRST = "tests/test_geneval_first.py::"
+SCORE = "tests/test_geneval_score.py::"
+EXTRA = "tests/test_geneval_metadata.py::"
+COMMAND = "tests/test_geneval_ray_command.py::"
 
 MUTANTS = (
     Mutant(
@@ -127,7 +131,7 @@ MUTANTS = (
     Mutant(
         "geneval run: the line before the image",
         "apps/geneval_store.py",
-        "        _write(path, made.png)\n        sha",
+        "        write(path, made.png)\n        sha",
         "        sha",
         (f"{RUN}test_killed_at_random_moments_and_resumed_nothing_is_lost_or_made_twice",),
     ),
@@ -200,5 +204,159 @@ MUTANTS = (
         "again = [[job] for job in jobs if job.tries]",
         "again = [[job for job in jobs if job.tries]]",
         (f"{RAY}test_work_is_shared_in_whole_prompts_and_failures_go_alone",),
+    ),
+    Mutant(
+        "geneval run: nothing is planned before the folder is taken",
+        "apps/geneval.py",
+        "yield worker.describe(first), worker.samples",
+        "yield worker.describe(), worker.samples",
+        (f"{FIRST}test_a_refused_run_leaves_no_folder_behind",),
+    ),
+    Mutant(
+        "geneval run: what scores is not tried first",
+        "apps/geneval.py",
+        "    if score:\n        _check_judges(",
+        "    if not score:\n        _check_judges(",
+        (f"{FIRST}test_what_cannot_score_the_images_is_told_before_the_first[unknown]",),
+    ),
+    Mutant(
+        "geneval run: the guide may judge",
+        "apps/geneval_judges.py",
+        "set(parts_of(reward)) == set(parts_of(guide))",
+        "reward is guide",
+        (f"{FIRST}test_what_cannot_score_the_images_is_told_before_the_first[guide]",),
+    ),
+    Mutant(
+        "geneval run: held-outs are part of the recipe",
+        "apps/geneval_folder.py",
+        '"reward", "nfe"',
+        '"reward", "heldout", "nfe"',
+        (f"{FIRST}test_a_run_with_a_bad_heldout_goes_on_with_a_better_one",),
+    ),
+    Mutant(
+        "geneval run: a prompt that cannot be opened takes its window",
+        "apps/geneval_run.py",
+        "        if len(prompts) == 1:\n",
+        "        if prompts:\n",
+        (f"{FIRST}test_a_prompt_that_cannot_be_opened_takes_nobody_with_it",),
+    ),
+    Mutant(
+        "geneval run: one failure is two",
+        "apps/geneval_folder.py",
+        "len(e) >= MAX_TRIES and k not in lines",
+        "k not in lines",
+        (f"{FIRST}test_one_failure_is_not_called_two",),
+    ),
+    Mutant(
+        "geneval run: records stay at home",
+        "apps/geneval_run.py",
+        "metadata=job.record",
+        "metadata=None",
+        (f"{EXTRA}test_a_geneval_run_hands_its_records_to_the_reward",),
+    ),
+    Mutant(
+        "metadata: of the first prompt for all",
+        "steering/batch.py",
+        "None if all(m is None for m in own) else self._per_row(own, rows)",
+        "None if all(m is None for m in own) else self._per_row(own[:1] * len(own), rows)",
+        (f"{EXTRA}test_every_prompt_is_judged_with_its_own_metadata",),
+    ),
+    Mutant(
+        "metadata: a replay goes without",
+        "steering/repeat.py",
+        "            metadata=metadata,\n",
+        "",
+        (f"{EXTRA}test_a_replay_judges_with_the_same_metadata",),
+    ),
+    Mutant(
+        "geneval score: prompts are compared with each other",
+        "apps/geneval_score.py",
+        "sample.prompt if apart else None",
+        "None",
+        (f"{SCORE}test_rewards_that_compare_see_the_images_of_one_prompt[rank(brightness,jpeg)]",),
+    ),
+    Mutant(
+        "geneval score: a prompt is cut",
+        "apps/geneval_score.py",
+        "whole = any(map(compares, verifiers.values()))",
+        "whole = False",
+        (f"{SCORE}test_rewards_that_compare_see_the_images_of_one_prompt[rank(brightness,jpeg)]",),
+    ),
+    Mutant(
+        "geneval score: gaps are no loss",
+        "apps/geneval_folder.py",
+        "wanted = range(max(prompts, 1 + max(records)))",
+        "wanted = records",
+        (f"{SCORE}test_prompts_that_are_missing_are_noticed",),
+    ),
+    Mutant(
+        "geneval score: two at once",
+        "apps/geneval_store.py",
+        "        lock.acquire(timeout=0)\n",
+        "        pass\n",
+        (f"{SCORE}test_two_scorings_at_once_are_refused",),
+    ),
+    Mutant(
+        "geneval report: only the sticker judge can be an oracle",
+        "apps/geneval_judges.py",
+        '    return _place(judge.get("source")) in asked',
+        "    return False and bool(asked)",
+        (f"{SCORE}test_a_guide_with_the_judges_weights_is_an_oracle",),
+    ),
+    Mutant(
+        "geneval: a folder that cannot be made is another error",
+        "apps/geneval_store.py",
+        "    try:\n        path.parent.mkdir(parents=True, exist_ok=True)\n",
+        "    path.parent.mkdir(parents=True, exist_ok=True)\n    try:\n",
+        (f"{SCORE}test_a_place_for_an_image_that_cannot_be_made_is_the_same_error",),
+    ),
+    Mutant(
+        "geneval report: any of n is all of n",
+        "apps/geneval_report.py",
+        "hit, one = (correct > 0)",
+        "hit, one = (correct == count)",
+        (f"{REPORT}test_shares_are_those_of_the_drawn_scenes",),
+    ),
+    Mutant(
+        "detr: no-object by sigmoid",
+        "rewards/geneval_detectors.py",
+        "logits.softmax(-1)[:, :-1].max(-1)",
+        "logits.sigmoid()[:, :-1].max(-1)",
+        (f"{DECODE}test_detr_family_decodes_both_kinds_of_heads",),
+    ),
+    Mutant(
+        "detr: pairs by softmax",
+        "rewards/geneval_detectors.py",
+        "logits.sigmoid().flatten().topk",
+        "logits.softmax(-1).flatten().topk",
+        (f"{DECODE}test_detr_family_decodes_both_kinds_of_heads",),
+    ),
+    Mutant(
+        "ray: a death is no try",
+        "apps/cluster.py",
+        'yield from (Made(job=j, error=f"worker died: {words}") for j in left.values())',
+        "yield from ()",
+        (f"{RAY}test_what_a_worker_handed_back_before_it_died_is_not_lost",),
+    ),
+    Mutant(
+        "ray: what was handed back is lost again",
+        "apps/cluster.py",
+        "                del left[made.job.key]\n",
+        "",
+        (f"{RAY}test_what_a_worker_handed_back_before_it_died_is_not_lost",),
+    ),
+    Mutant(
+        "ray: threads as if there were one node",
+        "apps/cluster.py",
+        "if sum(c // t for c in cpus) >= count]",
+        "if sum(cpus) // t >= count]",
+        (f"{RAY}test_workers_fit_on_the_nodes_or_are_refused",),
+    ),
+    Mutant(
+        "ray: workers yield to everything",
+        "apps/cluster.py",
+        'os.environ.setdefault("RAY_worker_niceness", "0")',
+        "pass",
+        (f"{COMMAND}test_the_command_runs_on_workers_of_its_own",),
     ),
 )

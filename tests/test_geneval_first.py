@@ -87,6 +87,7 @@ STRANGE = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}]
         (["--colors", "paint"], "Unknown colour model"),
         (["--prompts", "{strange}"], "does not know unicorn"),
     ],
+    ids=["unknown", "guide", "detector", "weights", "colors", "classes"],
 )
 def test_what_cannot_score_the_images_is_told_before_the_first(capsys, tmp_path, words, hint):
     (tmp_path / "p.jsonl").write_text(json.dumps({**STRANGE, "prompt": "a photo of a unicorn"}))

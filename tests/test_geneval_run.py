@@ -387,11 +387,11 @@ def test_the_command_runs_scores_reports_and_resumes(capsys, tmp_path):
         (["--images-per-prompt", "0"], "1 or more"),
         (["--method", "best_of_m"], "best_of_n"),
         (["--set", "num_inference_step=4"], "num_inference_steps"),
-        (["--nfe", "3"], "reached|needs|pay|least"),
+        (["--nfe", "3"], "nfe=3 is too small: one particle needs 40 here"),
     ],
 )
 def test_wrong_options_are_one_clear_error(capsys, tmp_path, words, hint):
     code, _, err = steer(capsys, "geneval", "run", "--out", str(tmp_path / "r"), *words)
     assert code == 2
-    assert any(h in err for h in hint.split("|")), err
+    assert hint in err
     assert "Traceback" not in err
