@@ -34,8 +34,9 @@ from steering.samplers import (
 )
 from steering.samplers.guides import Rows
 from steering.transitions import EtaKernel
-from tests.test_contract import CASES, COUNTS, PROMPTS, near, world
+from tests.test_contract import CASES, COUNTS, PROMPTS, bright, near, world
 from tests.test_guidance import answered
+from tests.tiny_pipelines import build
 from tests.twisted_worlds import (
     BOWL,
     Paired,
@@ -52,7 +53,10 @@ def guided(case, **guide) -> Method:
     """A setting of the contract with guidance, on a random path where it counts densities."""
     more = {}
     if case.weighed and not case.kernel().stochastic:
-        more = {"eta": 1.0, **({"move": "tail"} if case.name == "parallel_tempering" else {})}
+        more = {
+            "eta": 1.0,
+            **({"move": "tail", "blend": 0.4} if case.name == "parallel_tempering" else {}),
+        }
     turns = {} if case.weighed else {"recurrence": 2}
     settings = {"rho": 0.5, "mu": 0.05, "smoothing": 0.1, "n_draws": 2, "start": 0.2, "stop": 0.9}
     return replace(case, guidance=Guide(**{**settings, **turns, **guide}), **more)
@@ -81,7 +85,7 @@ def test_the_ledger_agrees_with_the_forecast(case) -> None:
         ledger = steering.steer(model, reward=near, method=method).ledger
         spent = (ledger.nfe, ledger.decodes, ledger.reward_calls)
         forecast = (cost.nfe, cost.decodes, cost.reward_calls)
-        assert ledger.nfe == model.rows
+        assert ledger.nfe == model.rows + ledger.deduplicated
         if method.anytime:
             assert all(s <= f for s, f in zip(spent, forecast, strict=True))
         else:
@@ -252,6 +256,40 @@ def test_rounds_smooth_with_noise_of_their_own() -> None:
     assert not torch.equal(moved(), moved(stream="round/1"))
     assert torch.equal(moved(slots=[2, 0, 0])[1:], moved(slots=[0, 0, 0])[1:])
     torch.testing.assert_close(moved(slots=[5, 1, 7])[1], moved()[1])
+
+
+# --- real pipelines ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name"),
+    [
+        ("flux", "epf"),
+        ("sd", "svdd"),
+        ("flux", "particle_gibbs"),
+        ("sd", "parallel_tempering"),
+        ("flux", "zero_order"),
+    ],
+)
+def test_real_pipelines(pipeline: str, name: str) -> None:
+    pipe, call = build(pipeline, steps=4)
+    method = guided(CASES[name][0], smoothing=0.0, n_draws=1)
+    result = steering.steer(pipe, reward=bright, method=method, **call)
+    assert torch.isfinite(result.rewards).all()
+    assert torch.isfinite(result.log_weights.exp()).all()
+    assert result.ledger.nfe_backward > 0
+
+
+def test_gradients_are_asked_under_the_rewritten_prompt() -> None:
+    """No step but the guided ones: what changes with the words are their gradients."""
+    pipe, call = build("sd3", steps=3)
+    rows = []
+    for rewriter in (lambda prompt, critiques: "a small blue boat", None):
+        method = Reflect(rounds=2, rewriter=rewriter, guidance=Guide(rho=0.5))
+        rows.append(steering.steer(pipe, reward=bright, method=method, **call))
+    a, b = (r.trace.column("rewards") for r in rows)
+    assert a[0] == pytest.approx(b[0], abs=1e-6)
+    assert a[1] != pytest.approx(b[1], abs=1e-6)
 
 
 # --- options and refusals ----------------------------------------------------------------------
