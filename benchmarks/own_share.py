@@ -35,10 +35,10 @@ def scored(clock: ModuleClock) -> Iterator[None]:
     """The clock also runs while the engine is in a reward."""
     plain = steering.engine.score
 
-    def timed(*given: object) -> object:
+    def timed(*given: object, **more: object) -> object:
         clock.enter()
         try:
-            return plain(*given)
+            return plain(*given, **more)
         finally:
             clock.leave()
 

@@ -3,7 +3,7 @@
 python -m benchmarks.run [CLAIM ...] [--out DIR] [--prompts N] [--nfe N]
 
 Claims: share, throughput, sequential, methods, rewards, own_share, resize, precision,
-demo_load.
+demo_load, growth, peak_memory, previews, prompts_together, cpu_paths.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    cpu_paths,
     demo_load,
+    growth,
     methods,
     own_share,
+    peak_memory,
     precision,
+    previews,
+    prompts_together,
     resize,
     rewards,
     sequential,
@@ -37,6 +42,11 @@ CLAIMS = {
     "resize": resize.run,
     "precision": precision.run,
     "demo_load": demo_load.run,
+    "growth": growth.run,
+    "peak_memory": peak_memory.run,
+    "previews": previews.run,
+    "prompts_together": prompts_together.run,
+    "cpu_paths": cpu_paths.run,
 }
 
 

@@ -162,6 +162,28 @@ def states(model, n=2):
     return model.noise(n, steering.NoiseKey(5))
 
 
+def test_the_memory_format_changes_no_picture_and_only_the_autoencoder():
+    pipes = {f: steering.load("stickers-sd", channels_last=f) for f in ("auto", True, False)}
+    last = {
+        name: {
+            part: any(
+                p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+                for p in getattr(pipe, part).parameters()
+                if p.ndim == 4
+            )
+            for part in ("vae", "unet")
+        }
+        for name, pipe in pipes.items()
+    }
+    assert last == {name: {"vae": bool(name), "unet": False} for name in pipes}
+    z = torch.randn(3, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, auto = (pipes[f].vae.decode(z).sample for f in (False, "auto"))
+    torch.testing.assert_close(auto, plain, rtol=0, atol=1e-4)
+    with pytest.raises(OptionError, match="channels_last"):
+        steering.load("stickers-sd", channels_last="always")
+
+
 @pytest.mark.parametrize("name", ["stickers", "stickers-sd"])
 def test_decoding_without_a_frame_gives_the_same_bits(name):
     pipe = steering.load(name, dtype="bfloat16")
