@@ -95,12 +95,15 @@ def option_fields(cls: type) -> list[Field]:
         if control is None or f.name in _CLOSED:
             continue
         kind, choices = control
+        optional = type(None) in typing.get_args(hints[f.name])
+        if kind == "choice" and optional and _AUTO not in choices:
+            choices = (_AUTO, *choices)
         found.append(
             Field(
                 name=f.name,
                 kind=kind,
                 default=f.default,
-                optional=type(None) in typing.get_args(hints[f.name]),
+                optional=optional,
                 choices=choices,
                 help=lines.get(f.name, ""),
             )

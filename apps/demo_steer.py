@@ -44,7 +44,7 @@ def steer_tab(host: Host) -> None:
             options_at = gr.Column()
             guess = gr.HTML(elem_id="estimate")
             with gr.Row():
-                steer = gr.Button("Steer", variant="primary", elem_id="steer")
+                steer = gr.Button("Steer", variant="primary", elem_id="steer", interactive=False)
                 cancel = gr.Button("Cancel", elem_id="cancel")
         with gr.Column(scale=3, min_width=300):
             shown = show()
@@ -72,6 +72,13 @@ def steer_tab(host: Host) -> None:
                 api_visibility="private",
                 show_progress="hidden",
                 concurrency_limit=None,
+            )
+            # Its listener comes with the form, and a press before that would be lost.
+            gr.on(
+                fn=lambda: gr.Button(interactive=True),
+                outputs=steer,
+                api_visibility="private",
+                show_progress="hidden",
             )
 
 

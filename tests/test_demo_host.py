@@ -363,6 +363,8 @@ def test_every_method_runs_from_its_untouched_form(host, name):
     untouched = {f.name: f.shown(f.default) for f in fields}
     assert read_options(METHODS.get(name), untouched) == {}
     assert None not in [f.shown(f.default) for f in fields if f.kind in ("whole", "number")]
+    wrong = [f.name for f in fields if f.kind == "choice" and untouched[f.name] not in f.choices]
+    assert wrong == []
     host.offer.method(name, {})
 
 
