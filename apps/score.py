@@ -109,7 +109,10 @@ def _asked(judge: Reward, images: Tensor, prompts: list[str | None]) -> Scores:
     """Its scores; whatever a reward raises becomes an error that the others survive."""
     try:
         with torch.no_grad():
-            return judge(images, prompts)
+            found = judge(images, prompts)
+        if found.value.shape != (len(images),):
+            raise ValueError(f"shape {tuple(found.value.shape)} for {len(images)} pictures")
+        return found
     except SteeringError:
         raise
     except Exception as error:

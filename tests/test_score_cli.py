@@ -117,6 +117,16 @@ def test_whatever_a_reward_raises_the_finished_scores_stay(folder, kind):
         assert row["valid"] is not lost
 
 
+def test_a_wrong_number_of_values_costs_nothing_else(folder):
+    @register("test_mean")
+    def mean(images, prompts):
+        return images.mean()
+
+    rows = score_files(find([folder]), ["x"] * 3, ["test_mean", "brightness"])
+    assert all(row["scores"]["brightness"] > 0 for row in rows)
+    assert "shape () for 2 pictures" in rows[0]["errors"]["test_mean"]
+
+
 def test_where_nothing_was_finished_the_error_is_the_answer(folder):
     with pytest.raises(OptionError, match="steer score: --prompt"):
         score_files([folder / "a.png"], [None], ["clip(model=stickers)"])
