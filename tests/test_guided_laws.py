@@ -162,7 +162,6 @@ def base_paths(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 KERNELS = {
     "three": {"n_particles": 3, "resample": "always"},
     "ess": {"n_particles": 4, "ess_threshold": 0.9},
-    "no new past": {"n_particles": 3, "resample": "always", "ancestor_sampling": False},
 }
 
 
