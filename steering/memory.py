@@ -134,22 +134,21 @@ class Care:
         free: Callable[[torch.device], int | None] | None = None,
     ) -> None:
         self.device, self.limits, self.free = device, limits, free or free_memory
-        self._known: set[tuple[type, bool]] = set()
+        self._safe: dict[tuple[type, bool], float] = {}  # rows that need no further look
 
     def wants(self, batch: Batch) -> bool:
         """Whether one row of this batch should be run alone and watched first."""
         key = (batch.kind, batch.grad)
         rows = min(len(batch), self.limits[batch.kind])
-        if rows < 2 or key in self._known:
+        if rows <= self._safe.get(key, 1):
             return False
         row = batch.data[:1]
         guess = _GUESS[batch.kind] * row.numel() * max(4, row.element_size())
         guess = max(guess, _LEAST) if batch.kind is Score else guess
         free = self.free(self.device)
-        if free is None or rows * guess * (2 if batch.grad else 1) <= 0.5 * free:
-            return False
-        self._known.add(key)
-        return True
+        short = free is not None and rows * guess * (2 if batch.grad else 1) > 0.5 * free
+        self._safe[key] = math.inf if short else rows
+        return short
 
     @contextlib.contextmanager
     def watching(self, batch: Batch) -> Iterator[None]:

@@ -64,4 +64,49 @@ MUTANTS = (
         "asked = self.tasks[k].ledger, round(float(computed[k]) * scale)",
         (f"{TWICE}::test_a_copy_is_computed_once_counted_as_asked_and_answered_in_its_place",),
     ),
+    Mutant(
+        "attention: the first layer speaks for all head sizes",
+        "kernels/attention.py",
+        "for heads, size in shapes]",
+        "for heads, size in shapes[:1]]",
+        (
+            "tests/test_kernels_attention.py::"
+            "test_a_head_size_that_a_backend_does_not_do_is_named_and_another_serves",
+        ),
+    ),
+    Mutant(
+        "memory: a view counts as new",
+        "steering/memory.py",
+        "self._note(given, made=False)",
+        "pass",
+        ("tests/test_memory.py::test_bytes_alive_at_once_are_counted",),
+    ),
+    Mutant(
+        "memory: nothing is ever given back",
+        "steering/memory.py",
+        "self.live -= self._sizes.pop(name, 0)",
+        "self._sizes.pop(name, 0)",
+        ("tests/test_memory.py::test_bytes_alive_at_once_are_counted",),
+    ),
+    Mutant(
+        "memory: what one row took is forgotten",
+        "steering/memory.py",
+        "rows_that_fit(taken, free, self.limits[batch.kind])",
+        "self.limits[batch.kind]",
+        (
+            "tests/test_memory.py::"
+            "test_a_run_short_of_memory_looks_at_one_row_and_keeps_to_what_fits",
+        ),
+    ),
+    Mutant(
+        "loading: denoisers change their memory format too",
+        "steering/loading.py",
+        'part = getattr(pipe, "vae", None)\n    if part is None or channels_last',
+        'part = getattr(pipe, "vae", None)\n    getattr(pipe, "unet", part).to('
+        "memory_format=torch.channels_last)\n    if part is None or channels_last",
+        (
+            "tests/test_kernels_network.py::"
+            "test_the_memory_format_changes_no_picture_and_only_the_autoencoder",
+        ),
+    ),
 )

@@ -48,6 +48,23 @@ def test_xformers_that_imports_but_does_not_run_is_never_chosen(monkeypatch):
     assert choice.backend != "xformers"
 
 
+def test_a_head_size_that_a_backend_does_not_do_is_named_and_another_serves(monkeypatch):
+    """One layer is enough: what is chosen must do all of them."""
+
+    def narrow(backend, q, k, v):
+        if backend == "flash" and q.shape[-1] > 256:
+            raise RuntimeError("FlashAttention only supports head dimension at most 256")
+        return attend(backend, q, k, v)
+
+    monkeypatch.setattr(attention, "attend", narrow)
+    assert choose("cpu", torch.float32, shapes=[(2, 16)], prefer="flash").backend == "flash"
+    with pytest.warns(UserWarning, match="head dimension at most 256") as said:
+        choice = choose("cpu", torch.float32, shapes=[(2, 16), (1, 320)], tokens=9, prefer="flash")
+    assert choice.backend != "flash"
+    assert len(said) == 1
+    assert "flash out (RuntimeError: FlashAttention only supports head" in choice.line
+
+
 def test_a_fast_backend_with_wrong_numbers_is_out(monkeypatch):
     def wrong(backend, q, k, v):
         return q if backend == "flash" else attend(backend, q, k, v)

@@ -240,14 +240,14 @@ def signature(dtype):
 
 
 @COMPILED
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiled_kernel_does_not_spill(capability, dtype):
     from steering.kernels import step_triton
     from steering.kernels.offline import compile_for
     from steering.kernels.step import BLOCK
 
-    raw = dtype == "bf16"
+    raw = dtype != "fp32"
     flags = dict.fromkeys(("RAW", "GUIDED", "PER_ROW", "LISTED", "SQUARE"), raw)
     made = compile_for(
         capability, step_triton.step, signature(dtype),

@@ -3,6 +3,7 @@ here are pretended; nothing ran on a GPU."""
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 
@@ -70,6 +71,22 @@ def test_each_refusal_is_said_once(monkeypatch, probe, x, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not judged(lambda d, t: 0.0, x)  # decided once
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Triton is not installed",
+        "there is no C compiler (Triton looks for $CC, gcc, clang)",
+        "Old One has compute capability (6, 1), below (8, 0)",
+    ],
+)
+def test_a_machine_that_cannot_is_told_so_once_whatever_is_asked(monkeypatch, reason):
+    monkeypatch.setattr(support, "obstacle", lambda device: reason)
+    with pytest.warns(UserWarning, match=re.escape(reason)) as said:
+        assert not any(judged(lambda d, t: 0.0) for _ in range(3))
+    assert len(said) == 1
+    assert "results are the same" in str(said[0].message)
 
 
 def test_a_kernel_that_agrees_is_tried_once(monkeypatch):

@@ -132,6 +132,15 @@ def test_nobody_looks_where_memory_is_plenty_unknown_or_one_row_is_all() -> None
     assert care(2**30, limits).wants(batch_of(64, Score))
 
 
+def test_a_machine_is_asked_for_its_memory_only_when_calls_grow_wider() -> None:
+    asked = []
+    limits = dict.fromkeys((Score, Decode, Denoise), 64)
+    watchful = Care(CPU, limits, free=lambda device: asked.append(1) or 2**34)
+    for rows in (8, 8, 4, 16, 16, 8):
+        assert not watchful.wants(batch_of(rows))
+    assert len(asked) == 2
+
+
 def test_a_run_short_of_memory_looks_at_one_row_and_keeps_to_what_fits(monkeypatch) -> None:
     monkeypatch.setattr("steering.memory.free_memory", lambda device: 2_500_000)
     method = BestOfN(n=40, select="all")
