@@ -26,7 +26,16 @@ from steering.paths import Prediction, Time
 from steering.registry import METHODS
 from steering.requests import Denoise, Progress, Run
 from steering.resampling import scheme
-from steering.samplers.base import Sampler, check_scale, deliver, fit_population, lift, tilt
+from steering.samplers.base import (
+    Damping,
+    Sampler,
+    check_scale,
+    damping,
+    deliver,
+    fit_population,
+    lift,
+    tilt,
+)
 from steering.samplers.twists import (
     base_step,
     check_positive,
@@ -131,7 +140,7 @@ class Twisted(Sampler):
             if i in twisted:
                 state, bad = yield from self._look(state, t)
                 rho = state.memory["rho"]
-                temper, ahead = self.tempers(state, i - twisted.start, len(twisted), temper)
+                temper, ahead = self.tempers(state, grid, i, temper)
                 state = state.set_potential(temper * rho)
                 state = yield from self._resample(ctx, state, i, {"temper": temper, "bad": bad})
                 base = base_step(ctx, state, t, u, kernel)
@@ -143,9 +152,9 @@ class Twisted(Sampler):
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
         return (yield from deliver(ctx, state, self.reward_scale))
 
-    def tempers(self, state: State, k: int, steps: int, previous: float) -> tuple[float, float]:
-        """Tempers (of the potential, of the next proposal) at twisted step k of ``steps``."""
-        return 1.0, 1.0
+    def tempers(self, state: State, grid: Grid, i: int, previous: float) -> tuple[float, float]:
+        """Tempers (of the potential, of the next proposal) at step i."""
+        raise NotImplementedError
 
     def shift(
         self, ctx: Context, state: State, temper: float, t: Time, u: Time, base: Step
@@ -190,11 +199,16 @@ class TDS(Twisted):
     Attributes:
         start: a quarter by default: estimates of x0 say little before, and their twists cost
             variance (measured on mixtures: sd of ln Z 6.0 to 1.5 on a rippled reward).
+        damping: "measured" lets early twists, potential and proposal, count less, by the measured
+            slope of final rewards on those of one-step estimates (sd of ln Z of 8 particles over
+            20 steps on mixtures: 0.67 to 0.40 on a bowl, 15.6 to 7.5 on a rippled reward); "none"
+            takes them in full.
         clip_x0: the shifted estimate of x0 stays within +-clip_x0, for models of pixels in
             [-1, 1]; it changes the proposal only.
     """
 
     start: float = 0.25
+    damping: Damping = "measured"
     clip_x0: float | None = None
 
     name: ClassVar[str] = "tds"
@@ -202,12 +216,17 @@ class TDS(Twisted):
     paper: ClassVar[str] = "Wu et al. 2023, arXiv 2306.17775"
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # The authors' image experiments: 4 particles, resampled systematically at every step.
-        "authors": {"n_particles": 4, "resample": "always", "start": 0.0},
+        "authors": {"n_particles": 4, "resample": "always", "start": 0.0, "damping": "none"},
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, clip_x0=self.clip_x0)
+
+    def tempers(self, state: State, grid: Grid, i: int, previous: float) -> tuple[float, float]:
+        """The estimate of step i leads its proposal, so both count by its share."""
+        share = damping(self.damping, grid, i)
+        return share, share
 
     def shift(
         self, ctx: Context, state: State, temper: float, t: Time, u: Time, base: Step

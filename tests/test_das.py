@@ -69,15 +69,17 @@ def test_one_gaussian_against_the_affine_recursion() -> None:
     assert distance(pairs, mean + scale * variance) < 5.0
 
 
-def test_weights_by_hand_for_a_linear_reward_and_one_gaussian() -> None:
+@pytest.mark.parametrize("start", [0.0, 0.4])
+def test_weights_by_hand_for_a_linear_reward_and_one_gaussian(start: float) -> None:
     """Each proposal leans by its variance times the gradient, under the temper it leads to."""
     scale, gamma = 1.5, 0.3
     model = Noted([1.0], [0.5], [0.6], steps=5)
-    method = DAS(n_particles=7, reward_scale=scale, resample="never", gamma=gamma)
+    method = DAS(n_particles=7, reward_scale=scale, resample="never", gamma=gamma, start=start)
     result = steer(model, LINE, method, seed=3)
 
     def lean(i, t, u, kept, std, gain):
-        return std**2 * min((1 + gamma) ** (i + 1) - 1, 1.0) * scale * gain
+        begun = i >= 5 * start
+        return std**2 * min((1 + gamma) ** (i + 1) - 1, 1.0) * scale * gain if begun else 0.0
 
     total = weights_by_hand(model, result, scale, 1.0, lean)
     torch.testing.assert_close(
@@ -85,14 +87,15 @@ def test_weights_by_hand_for_a_linear_reward_and_one_gaussian() -> None:
     )
 
 
-def test_the_potential_has_the_temper_of_its_own_step() -> None:
+@pytest.mark.parametrize(("start", "first"), [({"start": 0.0}, 0), ({}, 2)])
+def test_the_potential_has_the_temper_of_its_own_step(start, first: int) -> None:
     """ESS in the trace follows from tempered rewards: the weights of the run, rebuilt."""
-    n, scale = 12, 2.0
-    method = DAS(n_particles=n, reward_scale=scale, twist_scale=0.0, gamma=0.2, resample="never")
+    options = {"n_particles": 12, "reward_scale": (scale := 2.0), "resample": "never"}
+    method = DAS(twist_scale=0.0, gamma=0.2, **options, **start)
     result = steer(plane(), BOWL, method, seed=1)
     events = [e for e in result.trace.events if "checkpoint" in e]
-    assert len(events) == 7
-    for k, event in enumerate(events):
+    assert len(events) == 7 - first
+    for k, event in enumerate(events, first):
         temper = min(1.2**k - 1.0, 1.0)
         assert event["temper"] == pytest.approx(temper)
         share = torch.softmax(temper * scale * torch.tensor(event["rewards"]).double(), 0)
@@ -108,7 +111,9 @@ def test_schedules() -> None:
     assert free.schedule(17, 20) < 1.0 == free.schedule(18, 20)
     poly = DAS(tempering="poly", gamma=0.1, power=2.0)
     assert [poly.schedule(k, 9) for k in (0, 3, 10, 12)] == pytest.approx([0.0, 0.09, 1.0, 1.0])
-    assert DAS(tempering="none").tempers(State.start(torch.zeros(1, 1)), 3, 9, 0.0) == (1.0, 1.0)
+    state, grid = State.start(torch.zeros(1, 1)), plane().grid()
+    assert DAS(tempering="none").tempers(state, grid, 3, 0.0) == (1.0, 1.0)
+    assert DAS(gamma=0.1).tempers(state, grid, 3, 0.0) == pytest.approx((0.331, 0.4641))
 
 
 def test_the_adaptive_temper_meets_its_threshold() -> None:
@@ -150,7 +155,7 @@ def test_no_twist_and_no_temper_is_feynman_kac_bit_for_bit() -> None:
     fk = FK(
         n_particles=9, reward_scale=1.5, checkpoints=fractions, resampler="ssp", damping="none"
     )
-    das = DAS(n_particles=9, reward_scale=1.5, tempering="none", twist_scale=0.0)
+    das = DAS(n_particles=9, reward_scale=1.5, tempering="none", twist_scale=0.0, start=0.0)
     a, b = steer(plane(), BOWL, fk), steer(plane(), BOWL, das)
     assert torch.equal(a.samples, b.samples)
     torch.testing.assert_close(a.log_weights, b.log_weights, rtol=0, atol=1e-12)
@@ -165,9 +170,10 @@ def test_one_particle() -> None:
 @pytest.mark.parametrize(
     ("options", "twisted"),
     [
-        ({}, 5),
+        ({}, 3),
+        ({"start": 0.0}, 5),
         ({"start": 0.5, "tempering": "adaptive"}, 2),
-        ({"micro_batch": 2, "tempering": "poly"}, 5),
+        ({"micro_batch": 2, "tempering": "poly", "start": 0.3}, 3),
     ],
 )
 def test_the_ledger_is_the_closed_formula(options: dict, twisted: int) -> None:
@@ -181,7 +187,7 @@ def test_the_ledger_is_the_closed_formula(options: dict, twisted: int) -> None:
 
 def test_presets_and_refusals() -> None:
     assert build_method("das/lcm").eta == 0.5
-    assert build_method("das/sdxl") == DAS(n_particles=4, gamma=0.008)
+    assert build_method("das/sdxl") == DAS(n_particles=4, gamma=0.008, start=0.0)
     for options, words in (
         ({"eta": 0.0}, "deterministic"),
         ({"gamma": 0.0}, "gamma"),

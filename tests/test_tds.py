@@ -34,6 +34,8 @@ from tests.twisted_worlds import (
     worst,
 )
 
+# Measured slopes at 0, 1/5, ... 4/5 of the steps.
+DAMPED = {"none": (1.0,) * 5, "measured": (0.02, 0.36, 0.72, 0.9, 0.95)}
 RULES = {
     "ess": {},
     "always": {"resample": "always"},
@@ -75,15 +77,18 @@ def test_one_gaussian_against_the_affine_recursion() -> None:
     assert distance(pairs, mean + scale * variance) < 5.0
 
 
-def test_weights_by_hand_for_a_linear_reward_and_one_gaussian() -> None:
+@pytest.mark.parametrize("damping", sorted(DAMPED))
+def test_weights_by_hand_for_a_linear_reward_and_one_gaussian(damping) -> None:
     """Densities written out: normal laws with the shift that the paper's formula gives."""
     scale = 1.5
     model = Noted([1.0], [0.5], [0.6], steps=5)
-    method = TDS(start=0.0, n_particles=7, reward_scale=scale, resample="never", eta=0.8)
+    method = TDS(
+        start=0.0, n_particles=7, reward_scale=scale, resample="never", eta=0.8, damping=damping
+    )
     result = steer(model, LINE, method, seed=3)
 
     def lean(i, t, u, kept, std, gain):
-        twist = scale * gain
+        twist = DAMPED[damping][i] * scale * gain
         return u.alpha * t.sigma**2 * twist / t.alpha - kept * t.sigma * twist if t.alpha else 0.0
 
     total = weights_by_hand(model, result, scale, 0.8, lean)
@@ -96,7 +101,9 @@ def test_weights_are_flat_where_the_twist_is_nearly_exact() -> None:
     """A linear reward of one Gaussian has the exact twist; finer grids leave less to correct."""
     share = {}
     for steps in (4, 64):
-        method = TDS(start=0.0, n_particles=256, reward_scale=2.0, resample="never")
+        method = TDS(
+            start=0.0, n_particles=256, reward_scale=2.0, resample="never", damping="none"
+        )
         result = steer(bell(steps=steps), LINE, method)
         share[steps] = float(1.0 / result.weights.square().sum()) / 256
     plain = steer(bell(steps=64), LINE, BestOfN(n=256, reward_scale=2.0, select="all", eta=1.0))
@@ -141,11 +148,13 @@ def test_reward_scale_zero_is_the_base_sampler_bit_for_bit(n: int) -> None:
     assert result.log_z == 0.0
 
 
+@pytest.mark.parametrize("damping", sorted(DAMPED))
 @pytest.mark.parametrize("rule", ["ess", "always"])
-def test_no_twist_is_feynman_kac_bit_for_bit(rule: str) -> None:
+def test_no_twist_is_feynman_kac_bit_for_bit(rule: str, damping) -> None:
     fractions = tuple(i / 8 for i in range(7))
-    fk = FK(damping="none", n_particles=9, reward_scale=1.5, checkpoints=fractions, resample=rule)
-    tds = TDS(start=0.0, n_particles=9, reward_scale=1.5, twist_scale=0.0, resample=rule)
+    same = {"n_particles": 9, "reward_scale": 1.5, "resample": rule, "damping": damping}
+    fk = FK(checkpoints=fractions, **same)
+    tds = TDS(start=0.0, twist_scale=0.0, **same)
     a, b = steer(plane(), BOWL, fk), steer(plane(), BOWL, tds)
     assert torch.equal(a.samples, b.samples)
     torch.testing.assert_close(a.log_weights, b.log_weights, rtol=0, atol=1e-12)
