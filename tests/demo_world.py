@@ -15,7 +15,7 @@ from steering.apps.demo_order import Limits, Offer, Order
 from steering.apps.demo_session import Host
 from steering.rewards.base import Reward, register
 
-PATIENCE = 40.0
+PATIENCE = 120.0
 PROMPT = "a photo of a red apple"
 REWARDS = ("brightness", "clip", "detector", "gated")
 
