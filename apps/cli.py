@@ -275,6 +275,37 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help=MODEL_HELP),
+    ] = "stickers",
+    method: Annotated[str, typer.Option("--method", help="See `steer methods`.")] = "fk",
+    reward: RewardOption = "clip",
+    nfe: Nfe = 800,
+    most: Annotated[int, typer.Option("--most", help="Rows wished for in one call.")] = 64,
+    settings: Setting = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say before a run what it will spend, how wide its calls may be, and what a split costs."""
+    from steering.apps.jobs import Job
+    from steering.apps.planning import forecast
+
+    job = Job(model=model, dtype=dtype, device=device, reward=reward)
+    options, call = job.split(method, settings or [])
+    cost, memory = forecast(job, method, options, call, nfe=nfe, most=most)
+    console.print(
+        f"{method}: at most {cost.nfe} network rows, {cost.decodes} decodes, "
+        f"{cost.reward_calls} reward calls"
+    )
+    console.print(str(memory), markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps({"cost": vars(cost), "memory": memory.to_json()}))
+
+
 def _show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows))

@@ -19,7 +19,7 @@ from steering.analytic import GaussianMixture
 from steering.ledger import Budget
 from steering.samplers import DTS, FK, DTSStar
 
-DIMS, REPEATS = 2048, 3
+DIMS, REPEATS = 2048, 2
 SIZES = {
     "particles": (1, 2, 4, 8, 16, 32, 64),
     "prompts": (1, 2, 4, 8, 16, 32, 64),

@@ -190,6 +190,20 @@ def test_check_proves_the_embedded_model(capsys):
     assert json.loads(out.strip().splitlines()[-1])["ok"] is True
 
 
+def test_a_plan_says_what_a_run_would_spend_and_how_wide_its_calls_may_be(capsys):
+    words = ["plan", "stickers", "--nfe", "24", "--most", "4", "--set", "num_inference_steps=3"]
+    code, out, said = run(capsys, *words, "--json")
+    assert code == 0
+    assert "24 network rows" in said
+    assert "network" in said
+    assert "4 rows fit: 1 call" in said
+    told = json.loads(out.strip().splitlines()[-1])
+    assert told["cost"]["nfe"] == 24
+    assert told["memory"]["max_batch"] == 4
+    assert set(told["memory"]["parts"]) == {"network", "decoder", "reward"}
+    assert run(capsys, *words[:2], "--nfe", "2")[0] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
