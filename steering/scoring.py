@@ -176,7 +176,7 @@ def check_scores(scores: object, name: str, n: int, where: str) -> Scores:
         rows = bad.nonzero().flatten().tolist()
         raise RewardError(
             f"Reward {name!r} returned no usable number for {len(rows)} of {n} images{where} "
-            f"(rows {rows[:8]}, values {[float(value[i]) for i in rows[:8]]}). Weights made from "
+            f"(rows {rows[:8]}, values {[value[i].item() for i in rows[:8]]}). Weights made from "
             "it would be meaningless, so the run stops here. Return -inf to give an image no "
             "weight on purpose."
         )

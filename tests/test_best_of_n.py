@@ -90,8 +90,10 @@ def test_the_normaliser_is_unbiased_and_the_weights_are_the_tilt() -> None:
         assert torch.allclose(r.log_weights, 0.7 * r.rewards, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("select", ["all", "soft"])
-@pytest.mark.parametrize("world", sorted(TRUTHS))
+@pytest.mark.parametrize(
+    ("world", "select"),
+    [("plane", "all"), ("cloud", "all"), *[(world, "soft") for world in sorted(TRUTHS)]],
+)
 def test_both_kinds_of_weights_hit_the_tilted_law(world: str, select: str) -> None:
     """Mixtures in 1, 2 and 16 dimensions and a chain. Measured: at most 2.7 standard errors."""
     k = 80 if select == "soft" else 1

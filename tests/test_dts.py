@@ -98,18 +98,18 @@ def misses(world: str, **options) -> tuple[float, float]:
     """Mean error of ln Z, and of E[f] as a share of the way from the model's own."""
     make, reward, scale, f = TRUTHS[world]
     method = DTS(reward_scale=scale, trajectories=300, width=60, **options)
-    results, model = steer(make(("p",) * 10), reward, method, seed=list(range(10))), make()
+    results, model = steer(make(("p",) * 8), reward, method, seed=list(range(8))), make()
     mean = float(f(model.tilted(reward, scale).moments()[0][None]))
     way = mean - float(f(model.moments()[0][None]))
     values = [r.trace.column("root_value")[-1] for r in results]
     found = [float(r.weights @ f(r.samples)) for r in results]
-    log_z = sum(values) / 10 - model.log_normaliser(reward, scale)
-    return log_z, (sum(found) / 10 - mean) / way
+    log_z = sum(values) / 8 - model.log_normaliser(reward, scale)
+    return log_z, (sum(found) / 8 - mean) / way
 
 
 @pytest.mark.parametrize("world", ["line", "plane", "cloud"])
 def test_an_adaptive_tree_of_one_level_comes_near_the_law(world: str) -> None:
-    """Measured: ln Z at most 0.06 too low, the mean at most 7 % short."""
+    """Measured: ln Z at most 0.08 too low, the mean at most 12 % short."""
     log_z, share = misses(world, branch_levels=(0.5,))
     assert -0.2 < log_z < 0.1
     assert abs(share) < 0.2
