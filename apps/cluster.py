@@ -219,7 +219,7 @@ def _join(ray: Any, address: str | None) -> None:  # noqa: ANN401
     try:
         if host and port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        if address is None:  # by default its workers yield to everything else on the machine
+        if address in (None, "local"):  # by default its workers yield to all else on the machine
             os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(address=address, include_dashboard=False, log_to_driver=False)
     except (OSError, OverflowError, RuntimeError, ValueError) as error:

@@ -93,6 +93,7 @@ def runs(tmp_path_factory):
         local = Worker(SETTINGS)
         with Store(base / "local", _recipe(local.describe()), RECORDS) as store:
             make(store, local.samples, show=False)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine starves them
         env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{base}", "STEERING_TEST_WORKER": "1"}
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False,
@@ -169,16 +170,3 @@ def test_a_cluster_without_room_says_so(runs, monkeypatch):
         pytest.raises(SteeringError, match="2 of 2 Ray workers have not started within 2 s"),
     ):
         late.describe()
-
-
-def test_what_a_worker_handed_back_before_it_died_is_not_lost(runs):
-    """Two prompts go to one worker, one after the other; the second kills it."""
-    good = [i for i, r in enumerate(RECORDS) if DEADLY not in r["prompt"]][:4]
-    bad = next(i for i, r in enumerate(RECORDS) if DEADLY in r["prompt"])
-    order = [good[0], bad, *good[1:]]
-    jobs = [Job(prompt=i, image=0, text=RECORDS[i]["prompt"]) for i in order]
-    assert [j.prompt for j in _chunks(jobs, 1)[0]] == order[:2]
-    with Cluster(replace(SETTINGS, max_batch=1), workers=1) as cluster:
-        made = list(cluster.samples(jobs))
-    assert sorted(m.job.prompt for m in made) == sorted(order)
-    assert [m.job.prompt for m in made if m.error] == [bad]
