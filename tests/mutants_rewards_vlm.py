@@ -222,8 +222,8 @@ MUTANTS = (
     Mutant(
         "verifiers get their images on the cpu",
         "apps/geneval_score.py",
-        "torch.stack([images[k] for k in rows]).to(device)",
-        "torch.stack([images[k] for k in rows])",
+        "torch.stack([images[k] for k in rows]).to(judges.device)\n            records",
+        "torch.stack([images[k] for k in rows])\n            records",
         (f"{REPORT}::test_verifiers_and_embedding_get_their_images_on_their_device",),
     ),
     Mutant(
