@@ -151,15 +151,15 @@ MUTANTS = (
     Mutant(
         "das: the potential has the next step's temper",
         "samplers/das.py",
-        "return self.schedule(k, steps), self",
-        "return self.schedule(k + 1, steps), self",
+        "return self.schedule(i, steps), self",
+        "return self.schedule(i + 1, steps), self",
         ("tests/test_das.py::test_the_potential_has_the_temper_of_its_own_step",),
     ),
     Mutant(
         "das: the proposal has this step's temper",
         "samplers/das.py",
-        "self.schedule(k + 1, steps)",
-        "self.schedule(k, steps)",
+        "self.schedule(i + 1, steps)",
+        "self.schedule(i, steps)",
         ("tests/test_das.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",),
     ),
     Mutant(
@@ -268,5 +268,22 @@ MUTANTS = (
         "/ total if total else 0.0",
         "/ total",
         ("tests/test_coordinates.py::test_a_single_step_has_a_schedule_too",),
+    ),
+    Mutant(
+        "tds: twists are not damped",
+        "samplers/tds.py",
+        "share = damping(self.damping, grid, i)",
+        "share = 1.0",
+        (
+            "tests/test_tds.py::test_weights_by_hand_for_a_linear_reward_and_one_gaussian",
+            "tests/test_tds.py::test_no_twist_is_feynman_kac_bit_for_bit",
+        ),
+    ),
+    Mutant(
+        "das: the temper starts with the twists",
+        "samplers/das.py",
+        "steps = len(grid) - 1  # the last adds no noise",
+        "steps, i = len(grid) - 1, i - self.twisted_steps(grid).start",
+        ("tests/test_das.py::test_the_potential_has_the_temper_of_its_own_step",),
     ),
 )
