@@ -21,7 +21,7 @@ from steering.apps.geneval_store import Journal, Made, Store, job_of, locked
 from steering.errors import OptionError, SteeringError
 from steering.rewards.geneval_colors import Scorer, StickerColors
 from steering.rewards.geneval_detectors import Stickers
-from steering.scoring import resolve_reward
+from steering.scoring import Scores, resolve_reward
 from steering.stickers import StickerWorld, parse, prompts
 from tests.command import run
 
@@ -57,7 +57,17 @@ def heldout(folder: Path, name: str) -> dict[tuple[int, int], float]:
     return {(r["prompt_index"], r["image"]): r["heldout"][name] for r in rows}
 
 
-@pytest.mark.parametrize("spec", ["rank(brightness,jpeg)", "zsum(brightness,jpeg)"])
+class Relative:
+    """Brightness above the mean of the call, whatever the prompts are."""
+
+    name, spec, differentiable, stationary = "relative", None, False, False
+
+    def __call__(self, images, prompts, *, metadata=None):
+        value = images.mean((1, 2, 3))
+        return Scores(value - value.mean())
+
+
+@pytest.mark.parametrize("spec", ["rank(brightness,jpeg)", Relative()])
 def test_rewards_that_compare_see_the_images_of_one_prompt(scorer, drawn, tmp_path, spec):
     """In one go, and again after images of one prompt have been made anew."""
     folder, reward = copy(drawn, tmp_path / "f"), resolve_reward(spec)
