@@ -13,7 +13,6 @@ SUMS = "tests/test_rewards_arithmetic.py::"
 JUDGE = "tests/test_rewards_vlm.py::"
 QWEN = "tests/test_rewards_qwen.py::"
 FACTS = "tests/test_rewards_facts.py::"
-REMOTE = "tests/test_rewards_remote.py::"
 HALVED = f"{MEMORY}test_rows_are_halved_until_they_fit_and_keep_their_order"
 OFFLOAD = f"{MEMORY}test_offload_leaves_the_network_on_the_cpu_unless_a_gradient_follows"
 
@@ -184,7 +183,7 @@ MUTANTS = (
         "rewards/pixels.py",
         "images.clamp(0, 1).mul_(255).round_().div_(255)",
         "images.clamp(0, 1).mul_(255).floor_().div_(255)",
-        ("tests/test_rewards_hps.py",),
+        (f"{PIXELS}test_eight_bits_are_the_nearest",),
     ),
     Mutant(
         "hps3 gives its spread for its mean",
@@ -226,14 +225,14 @@ MUTANTS = (
         "rewards/arithmetic.py",
         "if weight else torch.zeros_like(found.value)",
         "",
-        (f"{SUMS}test_minus_infinity_stays_minus_infinity",),
+        (f"{SUMS}test_minus_infinity_of_weight_zero_does_not_count",),
     ),
     Mutant(
         "arithmetic scales a sum without its constant",
         "rewards/arithmetic.py",
         "for weight, part in terms], factor * offset)",
         "for weight, part in terms], offset)",
-        (f"{SUMS}test_every_operator",),
+        (f"{SUMS}test_a_sum_is_scaled_with_its_constant",),
     ),
     Mutant(
         "arithmetic asks equal components twice",

@@ -148,3 +148,17 @@ def test_for_model_reaches_every_component():
     made = (2 * (Brightness() + Adapting("a", 0)) - 1).for_model("m")
     assert [(w, r.name) for w, r in made.terms] == [(2.0, "brightness"), (2.0, "for m")]
     assert made.offset == -1.0
+
+
+def test_a_sum_is_scaled_with_its_constant(images):
+    one = as_reward("brightness")(images, "x").value
+    found = (2 * (as_reward("brightness") + 3.0))(images, "x").value
+    torch.testing.assert_close(found, 2 * one + 6)
+
+
+def test_minus_infinity_of_weight_zero_does_not_count(images):
+    def never(images):
+        return torch.full((len(images),), -torch.inf)
+
+    found = (as_reward("brightness") + 0 * FunctionReward(never))(images, "x").value
+    torch.testing.assert_close(found, as_reward("brightness")(images, "x").value)

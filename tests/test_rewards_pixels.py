@@ -9,7 +9,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from steering.errors import OptionError
-from steering.rewards.pixels import PixelSpec, coefficients, resize
+from steering.rewards.pixels import PixelSpec, coefficients, eight_bit, resize
 
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -203,3 +203,10 @@ def test_unknown_words_are_refused():
         PixelSpec(mode="crop")
     with pytest.raises(OptionError, match="lanczos"):
         PixelSpec(interpolation="nearest")
+
+
+def test_eight_bits_are_the_nearest():
+    x = torch.tensor([-0.1, 0.4 / 255, 0.6 / 255, 99.7 / 255, 1.2])
+    expected = torch.tensor([0.0, 0.0, 1.0, 100.0, 255.0]) / 255
+    torch.testing.assert_close(eight_bit(x), expected)
+    torch.testing.assert_close(eight_bit(x.requires_grad_()).detach(), expected)
