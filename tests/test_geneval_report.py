@@ -374,7 +374,8 @@ def steer(capsys, *words: str) -> tuple[int, str, str]:
 def test_commands_on_a_folder_made_elsewhere(capsys, tmp_path):
     folder = draw_folder(tmp_path / "sd", [[True, True]] * len(SOME))
     code, _, err = steer(capsys, "score", str(folder))
-    assert (code, "hf download facebook/mask2former-swin" in err) == (2, True)  # no weights here, and no network
+    # There are no weights here, and no network.
+    assert (code, "hf download facebook/mask2former-swin" in err) == (2, True)
     code, out, _ = steer(capsys, "score", str(folder), "--detector", "stickers", "--json")
     assert code == 0
     assert json.loads(out)["new"] == 2 * len(SOME)
