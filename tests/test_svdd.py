@@ -141,7 +141,6 @@ LIMITS = {
     "one candidate": {"n_branches": 1},
     "one candidate, argmax": {"n_branches": 1, "select": "argmax"},
     "nothing judged": {"start": 1.0},
-    "nothing judged, argmax": {"start": 1.0, "select": "argmax"},
 }
 
 
