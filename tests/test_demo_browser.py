@@ -392,10 +392,9 @@ def test_a_vanished_model_folder_is_a_message_and_a_log_line(visitor, vanishing,
     visitor.steer()
     visitor.says("Finished")
     vanishing.rename(hidden)  # once open it lives in memory
-    visitor.number("Seed", 1)
+    visitor.number("Budget", 24)
     visitor.steer()
-    visitor.says("Starting")
-    visitor.says("Finished")
+    visitor.says("Finished: 24 of 24")
 
 
 # --- everybody ----------------------------------------------------------------------------------
