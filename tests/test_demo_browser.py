@@ -391,6 +391,8 @@ def test_a_vanished_model_folder_is_a_message_and_a_log_line(visitor, vanishing,
     hidden.rename(vanishing)
     visitor.steer()
     visitor.says("Finished")
+    expect(visitor.page.get_by_text("Best of 2")).to_be_visible()  # Steer waits for its end
+    visitor.page.wait_for_timeout(500)
     vanishing.rename(hidden)  # once open it lives in memory
     visitor.number("Budget", 24)
     visitor.steer()
