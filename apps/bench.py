@@ -1,4 +1,4 @@
-"""What `steer score` and `steer serve-reward` show a reward in place of a model."""
+"""Scoring without a model: what a reward is shown in its place, and what goes into one call."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ class Bench:
 
     def __init__(self, device: str | None = None, prompts: Sequence[Any] = ()) -> None:
         self.device, self.prompts = device or "cpu", tuple(prompts)
+
+
+def compares(reward: Any) -> bool:  # noqa: ANN401
+    """Whether it looks at the other pictures of a call; of a sum also a part of weight zero."""
+    parts = [part for _, part in getattr(reward, "terms", ())]
+    return not getattr(reward, "stationary", True) or any(map(compares, parts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
@@ -43,16 +43,7 @@ class Asked:
     compare: gr.Checkbox
 
     def listed(self) -> list[Any]:
-        return [
-            self.prompt,
-            self.model,
-            self.heldout,
-            self.nfe,
-            self.seed,
-            self.steps,
-            self.scale,
-            self.compare,
-        ]
+        return [getattr(self, f.name) for f in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -70,17 +61,7 @@ class Shown:
     command: gr.Textbox
 
     def listed(self) -> list[Any]:
-        return [
-            self.status,
-            self.best,
-            self.plots,
-            self.gallery,
-            self.result,
-            self.tree,
-            self.file,
-            self.python,
-            self.command,
-        ]
+        return [getattr(self, f.name) for f in fields(self)]
 
     def cleared(self) -> dict[Any, Any]:
         """Nothing left of an earlier run."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from steering.apps.bench import compares
 from steering.apps.geneval_folder import (
     Contents,
     Sample,
@@ -116,11 +117,6 @@ def _score(contents: Contents, judges: Judges, journal: Journal, show: bool) -> 
         unreadable=unreadable,
         contents=contents,
     )
-
-
-def compares(reward: Reward) -> bool:
-    """Whether the value of an image depends on the others of the call."""
-    return not getattr(reward, "stationary", True)
 
 
 def _journal(

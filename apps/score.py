@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from steering.apps.bench import Bench
+from steering.apps.bench import Bench, compares
 from steering.errors import OptionError, RewardError, SteeringError
 from steering.rewards.images import as_tensor, open_picture
 from steering.scoring import Reward, Scores, labels, resolve_reward
@@ -128,15 +128,9 @@ def _calls(sizes: Sequence[tuple[int, int]], judge: Any, most: int) -> Iterator[
     for k, size in enumerate(sizes):
         groups.setdefault(size, []).append(k)
     for group in groups.values():
-        step = len(group) if _compares(judge) else most
+        step = len(group) if compares(judge) else most
         for start in range(0, len(group), step):
             yield group[start : start + step]
-
-
-def _compares(judge: Any) -> bool:  # noqa: ANN401
-    """Whether it looks at the other pictures of a call; of a sum also a part of weight zero."""
-    parts = [part for _, part in getattr(judge, "terms", ())]
-    return not getattr(judge, "stationary", True) or any(map(_compares, parts))
 
 
 def _give_up(rows: list[dict[str, Any]], name: str, error: SteeringError) -> None:

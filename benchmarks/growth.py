@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import steering
+from benchmarks.meters import one_thread
 from steering.analytic import GaussianMixture
 from steering.ledger import Budget
 from steering.samplers import DTS, FK, DTSStar
@@ -102,12 +103,8 @@ def measure(curve: str, sizes: tuple[int, ...]) -> dict:
 
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts, nfe
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         found = {curve: measure(curve, sizes) for curve, sizes in SIZES.items()}
-    finally:
-        torch.set_num_threads(threads)
     lines = [f"Our own CPU seconds on states of {DIMS} numbers, fastest of {REPEATS}"]
     for curve, row in found.items():
         points = ", ".join(f"{n}: {s:.3f}" for n, s in zip(row["sizes"], row["own"], strict=True))

@@ -49,30 +49,63 @@ def clocked(pipe: object, now: Callable[[], float] = time.perf_counter) -> Itera
             handle.remove()
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, for CPU time that other programs disturb little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def turns(
+    ways: dict[str, Callable[[], object]], repeats: int, calls: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds a call of each way, in turn; the first turn warms up and is not counted."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.process_time()
+            for _ in range(calls):
+                way()
+            if repeat:
+                took[name].append((time.process_time() - started) / calls)
+    return took
+
+
 def together_or_apart(
-    pipe: object, steer: Callable[[object], object], texts: list[str], repeats: int
+    pipe: object,
+    steer: Callable[[object], object],
+    texts: list[str],
+    repeats: int,
+    now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Seconds of all prompts in one call and of a call for each, in turn, and their ratio.
 
     "network" is the same ratio for the pipeline's networks alone (forward passes): what wider
-    batches are worth on this machine, whatever steers. One prompt warms up and is not counted.
+    batches are worth on this machine, whatever steers. "rest" is that of all else. One prompt
+    warms up and is not counted.
     """
     steer(texts[0])
     took: dict[str, list[float]] = {"together": [], "one by one": []}
     inside: dict[str, list[float]] = {"together": [], "one by one": []}
     for _ in range(repeats):
         for name, jobs in (("one by one", texts), ("together", [texts])):
-            with clocked(pipe) as clock:
-                started = time.perf_counter()
+            with clocked(pipe, now) as clock:
+                started = now()
                 for job in jobs:
                     steer(job)
-                took[name].append(time.perf_counter() - started)
+                took[name].append(now() - started)
             inside[name].append(clock.seconds)
-    ratios, network = (
+    rest = {k: [a - b for a, b in zip(took[k], inside[k], strict=True)] for k in took}
+    ratios, network, others = (
         spread([a / b for a, b in zip(v["one by one"], v["together"], strict=True)])
-        for v in (took, inside)
+        for v in (took, inside, rest)
     )
-    return {"ratio": ratios, "network": network, **{k: spread(v) for k, v in took.items()}}
+    seconds = {name: spread(v) for name, v in took.items()}
+    return {"ratio": ratios, "network": network, "rest": others, **seconds}
 
 
 def spread(values: list[float]) -> dict[str, float]:

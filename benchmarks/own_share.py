@@ -19,11 +19,9 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-
 import steering
 import steering.engine
-from benchmarks.meters import ModuleClock, clocked, spread
+from benchmarks.meters import ModuleClock, clocked, one_thread, spread
 from steering.stickers.prompts import prompts as sticker_prompts
 
 METHODS = ("fk", "rbf", "dts", "evo")
@@ -66,9 +64,7 @@ def once(
 
 
 def measure(nfe: int, repeats: int) -> dict:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         pipe = steering.load("stickers")
         (text,) = sticker_prompts("heldout", n=1, seed=1)
         runs: dict[str, list[dict]] = {method: [] for method in METHODS}
@@ -77,8 +73,6 @@ def measure(nfe: int, repeats: int) -> dict:
                 run = once(pipe, text, method, nfe, repeat)
                 if repeat:
                     runs[method].append(run)
-    finally:
-        torch.set_num_threads(threads)
     rows = {m: spread([r["seconds"] / r["paid"] for r in found]) for m, found in runs.items()}
     return {
         "ratio": {method: round(row["median"], 4) for method, row in rows.items()},

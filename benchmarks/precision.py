@@ -3,12 +3,12 @@ rewards rank the same samples alike. CPU time of the process, one thread, taking
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import torch
 
 import steering
-from benchmarks.meters import spread
+from benchmarks.meters import one_thread, spread, turns
 from steering.loading import as_dtype
 from steering.stickers.prompts import prompts as sticker_prompts
 
@@ -17,12 +17,8 @@ REPEATS, BATCH = 3, 32
 
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts, nfe
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return measure()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def measure() -> dict:
@@ -33,13 +29,8 @@ def measure() -> dict:
               for n in names}  # fmt: skip
     x = models["float32"].noise(BATCH, steering.NoiseKey(1))
     level = models["float32"].grid().times[3]
-    seconds: dict[str, list[float]] = {n: [] for n in names}
-    for repeat in range(REPEATS + 1):
-        for name, model in models.items():
-            started = time.process_time()
-            model.predict(x, level)
-            if repeat:
-                seconds[name].append(time.process_time() - started)
+    calls = {name: partial(model.predict, x, level) for name, model in models.items()}
+    seconds = turns(calls, REPEATS)
     method = steering.samplers.BestOfN(n=BATCH, select="all")
     found = {n: steering.steer(m, reward="clip(model=stickers)", method=method, seed=2).rewards
              for n, m in models.items()}  # fmt: skip

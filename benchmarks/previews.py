@@ -7,7 +7,7 @@ samples a prompt are decoded by both and scored. CPU time of the process, one th
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -16,10 +16,11 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import steering
-from benchmarks.meters import spread
+from benchmarks.meters import one_thread, spread, turns
 from steering.loading import call_defaults
 from steering.scoring import resolve_reward, score
 from steering.stickers.prompts import prompts as sticker_prompts
+from steering.stickers.train.loop import seeded_init
 from steering.transitions import ODE
 
 NAME, WIDTH, PROMPTS, TRAINING, STEPS, REPEATS = "stickers", 32, 4, 12, 10, 7
@@ -78,8 +79,8 @@ def fitted(pipe: object, call: dict) -> Small:
             x = ODE(x, model.predict(x, t, cond=conds), t, u, model.path).mean
         config = pipe.vae.config
         images = model.decode(x)
-    torch.manual_seed(0)
-    small = Small(x.shape[1], images.shape[-1] // x.shape[-1], config)
+    with seeded_init(0):
+        small = Small(x.shape[1], images.shape[-1] // x.shape[-1], config)
     shift = getattr(config, "shift_factor", None) or 0.0
     small.fit(x / config.scaling_factor + shift, images * 2.0 - 1.0)
     return small
@@ -109,13 +110,9 @@ def measure() -> dict:
                 / PROMPTS
                 for name, (one, two) in pairs.items()
             }
-        x0, took = found[1.0][:WIDTH], {"full": [], "preview": []}
-        for repeat in range(REPEATS + 1):
-            for name, decode in (("full", model.decode), ("preview", model.decode_preview)):
-                started = time.process_time()
-                decode(x0)
-                if repeat:
-                    took[name].append(time.process_time() - started)
+        x0 = found[1.0][:WIDTH]
+        ways = {"full": partial(model.decode, x0), "preview": partial(model.decode_preview, x0)}
+        took = turns(ways, REPEATS)
     ratio = [a / b for a, b in zip(took["full"], took["preview"], strict=True)]
     seconds = {name: spread(v) for name, v in took.items()}
     return {"rows": rows, "ratio": spread(ratio), "seconds": seconds}
@@ -123,12 +120,8 @@ def measure() -> dict:
 
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts, nfe
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         found = measure()
-    finally:
-        torch.set_num_threads(threads)
     ratio, seconds = found["ratio"], found["seconds"]
     lines = [
         f"Preview against full decoder, {WIDTH} pictures: {ratio['median']:.1f}x as fast "

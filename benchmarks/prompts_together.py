@@ -7,39 +7,17 @@ CPU time of the process, one thread. A chain is short, so that the whole takes a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
 import steering
-from benchmarks.meters import clocked
+from benchmarks.meters import one_thread, together_or_apart, turns
 from steering.loading import call_defaults
 from steering.stickers.prompts import prompts as sticker_prompts
 
 NAME, WIDTH, BAR = "stickers", 64, 3.0
 METHOD = {"n_chains": 1, "n_init": 2, "n_proposals": 8, "steps": 6, "finish_steps": 2}
-
-
-def seconds(call: Callable[[], object]) -> float:
-    started = time.process_time()
-    call()
-    return time.process_time() - started
-
-
-def steered(pipe: object, jobs: list[object]) -> dict[str, float]:
-    """Seconds of all jobs, and of these inside the networks."""
-
-    def all_jobs() -> None:
-        for k, job in enumerate(jobs):
-            seed = list(range(len(job))) if isinstance(job, list) else k
-            steering.steer(
-                pipe, job, reward="clip", method="rbf", options=METHOD, seed=seed,
-                num_inference_steps=10,
-            )  # fmt: skip
-
-    with clocked(pipe, now=time.process_time) as clock:
-        took = seconds(all_jobs)
-    return {"seconds": took, "networks": clock.seconds}
 
 
 def alone(pipe: object, texts: list[str]) -> dict[str, float]:
@@ -53,37 +31,34 @@ def alone(pipe: object, texts: list[str]) -> dict[str, float]:
         }
         found = {}
         for name, call in calls.items():
-            call([0]), call(conds)
-            wide = seconds(lambda call=call: call(conds))
-            narrow = seconds(lambda call=call: [call([c]) for c in conds])
-            found[name] = narrow / wide
+            ways = {"wide": partial(call, conds), "narrow": lambda c=call: [c([k]) for k in conds]}
+            took = turns(ways, 1)
+            found[name] = took["narrow"][0] / took["wide"][0]
     return found
 
 
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts, nfe
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+
+    def steer(text: object) -> object:
+        return steering.steer(
+            pipe, text, reward="clip", method="rbf", options=METHOD, num_inference_steps=10
+        )
+
+    with one_thread():
         pipe, texts = steering.load(NAME), sticker_prompts("heldout", n=WIDTH, seed=2)
-        steered(pipe, texts[:1])
-        apart, together = steered(pipe, list(texts)), steered(pipe, [list(texts)])
+        found = together_or_apart(pipe, steer, list(texts), 1, now=time.process_time)
         worth = alone(pipe, list(texts))
-    finally:
-        torch.set_num_threads(threads)
-    ratios = {key: apart[key] / together[key] for key in ("seconds", "networks")}
-    own = {k: v["seconds"] - v["networks"] for k, v in (("a", apart), ("t", together))}
-    table = (
-        f"{WIDTH} prompts x RBF together against one by one (bar: {BAR:.0f}x): "
-        f"{ratios['seconds']:.2f}x ({together['seconds']:.1f} against {apart['seconds']:.1f} s); "
-        f"their networks {ratios['networks']:.2f}x, all else {own['a'] / own['t']:.2f}x.\n"
-        f"One call of {WIDTH} rows against {WIDTH} of one row, nothing steered: network "
-        f"{worth['network']:.2f}x, decoder {worth['decoder']:.2f}x"
+    ratio, network, rest, together, apart = (
+        found[key]["median"] for key in ("ratio", "network", "rest", "together", "one by one")
     )
-    return {
-        "ratio": ratios, "together": together, "one by one": apart, "calls alone": worth,
-        "options": METHOD, "table": table,
-    }  # fmt: skip
+    table = (
+        f"{WIDTH} prompts x RBF together against one by one (bar: {BAR:.0f}x): {ratio:.2f}x "
+        f"({together:.1f} against {apart:.1f} s); their networks {network:.2f}x, all else "
+        f"{rest:.2f}x.\nOne call of {WIDTH} rows against {WIDTH} of one row, nothing steered: "
+        f"network {worth['network']:.2f}x, decoder {worth['decoder']:.2f}x"
+    )
+    return {**found, "calls alone": worth, "options": METHOD, "table": table}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@ PIL images, to the same bits. CPU time of the process, one thread, taking turns.
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from benchmarks.meters import spread
+from benchmarks.meters import one_thread, spread, turns
 from steering.rewards.images import to_pil
 from steering.rewards.pixels import CLIP_MEAN, CLIP_STD, PixelSpec
 
@@ -39,14 +39,9 @@ def ways() -> dict:
 
 def measure(height: int, width: int) -> dict:
     x, functions = pictures(height, width), ways()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    results = {}
-    for repeat in range(REPEATS + 1):
-        for name, function in functions.items():
-            started = time.process_time()
-            results[name] = function(x)
-            if repeat:
-                seconds[name].append(time.process_time() - started)
+    results = {name: function(x) for name, function in functions.items()}
+    calls = {name: partial(function, x) for name, function in functions.items()}
+    seconds = turns(calls, REPEATS)
     levels = 255 * min(CLIP_STD)  # a difference of one level or more, in levels
     apart = {n: float((r - results["PIL loop"]).abs().max()) * levels for n, r in results.items()}
     ratios = {
@@ -60,12 +55,8 @@ def measure(height: int, width: int) -> dict:
 
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts, nfe
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         rows = [measure(*size) for size in ((512, 512), (1024, 1024), (768, 1344), (64, 64))]
-    finally:
-        torch.set_num_threads(threads)
     lines = [f"{BATCH} images to {TARGET}, cropped and normalised, against ours (bar: 2x)"]
     for row in rows:
         said = ", ".join(

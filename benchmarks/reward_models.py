@@ -31,6 +31,11 @@ CONFIG = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4,
                  "layers": 6},
 }  # fmt: skip
+# The same towers as transformers spells them.
+TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "bos_token_id": 49406, "eos_token_id": 49407}  # fmt: skip
+VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
+          "num_attention_heads": 6, "image_size": 224, "patch_size": 32}  # fmt: skip
 PREPROCESS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
 
 
@@ -113,11 +118,7 @@ def pickscore(folder: Path) -> Row:
     import transformers as H
     from open_clip.tokenizer import SimpleTokenizer
 
-    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
-            "num_attention_heads": 4, "bos_token_id": 49406, "eos_token_id": 49407}  # fmt: skip
-    vision = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
-              "num_attention_heads": 6, "image_size": 224, "patch_size": 32}  # fmt: skip
-    config = H.CLIPConfig(text_config=text, vision_config=vision, projection_dim=256)
+    config = H.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=256)
     net = H.CLIPModel(config).eval()
     net.save_pretrained(folder)
     words = clip_tokenizer(SimpleTokenizer())
@@ -228,7 +229,8 @@ def blip_state() -> dict[str, Tensor]:
         (0, 2, 4, 6, 7), pairwise((256, 128, 64, 16, 4, 1)), strict=True
     ):
         linear(f"mlp.layers.{number}", out, into)
-    return {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(0)
+    return {k: torch.randn(shape, generator=generator) * 0.05 for k, shape in shapes.items()}
 
 
 def vqascore(folder: Path) -> Row:
@@ -237,9 +239,7 @@ def vqascore(folder: Path) -> Row:
     from open_clip.tokenizer import SimpleTokenizer
     from safetensors.torch import save_file
 
-    tower = H.CLIPVisionConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6,
-                               num_attention_heads=6, image_size=224, patch_size=32)  # fmt: skip
-    H.CLIPVisionModel(tower).save_pretrained(folder / "tower")
+    H.CLIPVisionModel(H.CLIPVisionConfig(**VISION)).save_pretrained(folder / "tower")
     H.CLIPImageProcessor().save_pretrained(folder / "tower")
     clip_tokenizer(SimpleTokenizer()).save_pretrained(folder / "words")
     config = H.T5Config(vocab_size=49408, d_model=256, d_kv=64, d_ff=512, num_layers=4,
@@ -265,11 +265,7 @@ def count(folder: Path) -> Row:
     import transformers as H
     from open_clip.tokenizer import SimpleTokenizer
 
-    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
-            "num_attention_heads": 4, "bos_token_id": 49406, "eos_token_id": 49407}  # fmt: skip
-    vision = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
-              "num_attention_heads": 6, "image_size": 224, "patch_size": 32}  # fmt: skip
-    config = H.Owlv2Config(text_config=text, vision_config=vision, projection_dim=256)
+    config = H.Owlv2Config(text_config=TEXT, vision_config=VISION, projection_dim=256)
     H.Owlv2ForObjectDetection(config).save_pretrained(folder)
     eye = H.Owlv2ImageProcessor(size={"height": 224, "width": 224})
     H.Owlv2Processor(eye, clip_tokenizer(SimpleTokenizer())).save_pretrained(folder)

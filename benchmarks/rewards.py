@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.meters import spread
 from benchmarks.reward_models import CLIP_FAMILY, NETWORKS, PROMPT, one_by_one
+from steering.stickers.train.loop import seeded_init
 
 REPEATS, BATCH, SIDE = 5, 16, 512
 OTHERS = ("detector", "brightness", "jpeg")
@@ -26,8 +27,7 @@ FEW = {"ocr": 2}  # images, of what takes half a second for one
 def run(*, prompts: int, nfe: int) -> dict:
     del prompts, nfe
     pictures = photographs(32)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
-        torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, seeded_init(0):
         rows = []
         for make in (*CLIP_FAMILY, *NETWORKS):
             place = Path(folder) / make.__name__

@@ -20,7 +20,7 @@ MUTANTS = (
     Mutant(
         "score asks a comparison in batches",
         "apps/score.py",
-        "step = len(group) if _compares(judge) else most",
+        "step = len(group) if compares(judge) else most",
         "step = most",
         (f"{SCORE}test_a_served_comparison_is_asked_about_all_pictures_at_once",),
     ),
@@ -47,8 +47,8 @@ MUTANTS = (
     ),
     Mutant(
         "score splits a comparison of weight zero",
-        "apps/score.py",
-        "or any(map(_compares, parts))",
+        "apps/bench.py",
+        "or any(map(compares, parts))",
         "",
         (f"{SCORE}test_a_part_without_weight_gets_all_pictures_too",),
     ),

@@ -183,7 +183,7 @@ MUTANTS = (
         "            old = state.memory\n"
         "            state, ancestors = resample(state, scheme(self.resampler), key)\n"
         "            state = replace(state, memory=old)\n",
-        (f"{_GUIDED}::test_after_resampling_every_particle_leans_by_its_own_gradient",),
+        ("tests/test_guided_laws.py::test_every_particle_leans_by_its_own_gradient",),
     ),
     Mutant(
         "guidance: best_of_n forgets the densities",

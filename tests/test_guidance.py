@@ -343,29 +343,6 @@ def test_guidance_flattens_the_weights() -> None:
     assert share[False] > 2 * share[True]
 
 
-def test_after_resampling_every_particle_leans_by_its_own_gradient(monkeypatch) -> None:
-    model, roots = plane(), []
-    real = Guide.shift
-
-    def checked(self, ctx, x, seen, base, t, u, i, kernel):
-        leaf = x.clone().requires_grad_()
-        (pull,) = torch.autograd.grad(2.0 * BOWL(model.posterior(leaf, t).x0).sum(), leaf)
-        torch.testing.assert_close(seen.pull, pull, rtol=1e-5, atol=1e-5)
-        roots.append(len(x.unique(dim=0)))
-        return real(self, ctx, x, seen, base, t, u, i, kernel)
-
-    monkeypatch.setattr(Guide, "shift", checked)
-    method = FK(
-        n_particles=16,
-        reward_scale=2.0,
-        resample="always",
-        checkpoints=(0.25, 0.5),
-        guidance=Guide(),
-    )
-    steer(model, BOWL, method)
-    assert min(roots) < 16  # there were twins
-
-
 def test_the_last_step_is_guided_only_where_no_weights_are_kept() -> None:
     grid = plane().grid()
     assert list(Guide().guided_steps(grid)) == list(range(8))

@@ -17,6 +17,7 @@ from steering.requests import Outcome, Progress
 from steering.resampling import multinomial
 from steering.samplers import (
     EPF,
+    FK,
     SVDD,
     CoDe,
     Guide,
@@ -344,6 +345,7 @@ def test_the_density_at_a_state_is_that_of_its_draw() -> None:
 @pytest.mark.parametrize(
     "method",
     [
+        FK(n_particles=16, resample="always", checkpoints=(0.25, 0.5)),
         EPF(n_particles=12, checkpoints=(0.25, 0.5)),
         SVDD(n_particles=6, n_branches=2, resample="always"),
         CoDe(n_particles=6, n_branches=2, block=2, select="softmax", resample="always"),
