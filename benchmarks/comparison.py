@@ -1,6 +1,6 @@
 """Every method on held-out sticker prompts at equal network calls, resumable; writes a page.
 
-python -m benchmarks.comparison [--prompts 60] [--budgets 48 96 192] [--seeds 3] [--steps 8]
+python -m benchmarks.comparison [--prompts 60] [--budgets 32 64 128] [--seeds 3] [--steps 8]
     [--methods NAME ...] [--rows docs/comparison.jsonl] [--page docs/comparison.md]
 
 The CLIP model is the reward; the detector's verdict is what no search has seen. What already
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, st
     row: Row = {
         "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
     }  # fmt: skip
+    wall, cpu = time.perf_counter(), time.process_time()
     try:
         results = steering.steer(
             pipe, texts, reward="clip", method=chosen, seed=seeds, heldout="detector",
@@ -60,6 +62,7 @@ def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, st
         )  # fmt: skip
     except BudgetError as error:
         return row | {"refused": str(error)}
+    had = (time.process_time() - cpu) / (time.perf_counter() - wall)
     ledgers = [r.ledger for r in results]
     mean = {
         name: round(float(np.mean([getattr(ledger, name) for ledger in ledgers])), 4)
@@ -72,6 +75,7 @@ def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, st
             "reward": [round(r.best_reward, 5) for r in results],
             "heldout": [float(r.heldout["detector"][0]) for r in results],
             "threads": torch.get_num_threads(),
+            "cpu_share": round(had, 4),
         }
     )
 
@@ -79,7 +83,7 @@ def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of one sample")
     parser.add_argument("--methods", nargs="+", default=None)

@@ -17,7 +17,8 @@ _HEAD = """# Methods compared at equal network calls
 every search; the detector's verdict (GenEval's rules) is seen by none. Brackets are 95 % intervals
 from a bootstrap over prompts; differences from best-of-N are paired by prompt and seed. Rows that
 are differentiated cost about three of the others in time: compare the seconds too, which are the
-run's share of all calls on {threads} CPU thread{t}, all prompts together.
+run's share of all calls on {threads} CPU thread{t}, all prompts together, less what other jobs on
+the machine took.
 
 Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world.
 
@@ -56,6 +57,16 @@ def per_prompt(rows: list[Row], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows]).T
 
 
+def rows_each(rows: list[Row]) -> float:
+    """Network rows a prompt."""
+    return float(np.mean([row["nfe"] for row in rows]))
+
+
+def seconds(rows: list[Row]) -> float:
+    """A prompt's, less the time that other jobs on the machine took."""
+    return float(np.mean([row["seconds"] * min(row["cpu_share"], 1.0) for row in rows]))
+
+
 def table(rows: list[Row], nfe: int) -> str:
     """One budget, best detector verdict first."""
     groups = grouped(rows)
@@ -74,7 +85,7 @@ def table(rows: list[Row], nfe: int) -> str:
             cells.append("" if gain is None else text(gain))
         for name in ("nfe", "nfe_backward", "reward_calls", "decodes"):
             cells.append(f"{np.mean([row[name] for row in mine]):.0f}")
-        cells.append(f"{np.mean([row['seconds'] for row in mine]):.2f}")
+        cells.append(f"{seconds(mine):.2f}")
         lines.append((-float(per_prompt(mine, "reward").mean()), "| " + " | ".join(cells) + " |"))
     head = "| " + " | ".join(_CELLS) + " |\n|" + "---|" * len(_CELLS)
     return "\n".join([head, *(line for _, line in sorted(lines))])
@@ -92,12 +103,12 @@ def draw(rows: list[Row], path: Path) -> None:
     colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(len(methods), 2)))
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharey="row")
     measures = (("reward", "CLIP reward"), ("heldout", "detector verdict (held out)"))
-    scales = (("nfe", "network rows a prompt"), ("seconds", "seconds a prompt"))
+    scales = ((rows_each, "network rows a prompt"), (seconds, "seconds a prompt"))
     for line, (measure, label) in zip(axes, measures, strict=True):
-        for axis, (scale, title) in zip(line, scales, strict=True):
+        for axis, (cost, title) in zip(line, scales, strict=True):
             for colour, method in zip(colours, methods, strict=True):
                 mine = [groups[m, b] for m, b in sorted(groups) if m == method]
-                x = [np.mean([r[scale] for r in g]) for g in mine]
+                x = [cost(g) for g in mine]
                 y = [per_prompt(g, measure).mean() for g in mine]
                 thick = method == "best_of_n"
                 axis.plot(x, y, "o-", color="black" if thick else colour, label=method,

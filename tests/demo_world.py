@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -76,12 +77,12 @@ def held() -> Iterator[Gate]:
 
 
 @contextlib.contextmanager
-def hosting(*models: str, **limits: Any) -> Iterator[Host]:
+def hosting(*models: str, root: Path | None = None, **limits: Any) -> Iterator[Host]:
     """A host of the sticker model, within limits."""
     offer = Offer(
         models=("stickers", *models), rewards=REWARDS, limits=Limits(**{"nfe": 4000, **limits})
     )
-    host = Host(offer)
+    host = Host(offer, root=root)
     try:
         yield host
     finally:
