@@ -26,6 +26,17 @@ from steering.samplers import BestOfN
 from steering.stickers.prompts import prompts as sticker_prompts
 
 UNSTEERED = "unsteered"
+SMALL: dict[str, dict[str, Any]] = {
+    "auto": {"pilot": 2},
+    "carinox": {"restarts": 2},
+    "code": {"n_branches": 3},
+    "evo": {"elites": 1, "schedule": (0.6,)},
+    "rbf": {"n_init": 4, "n_chains": 1},
+    "search_over_paths": {"n_neighbours": 2, "seed_level": 0.75},
+    "svdd": {"n_branches": 3},
+    "zero_order": {"n_neighbours": 2},
+}
+"""What a method runs with where a budget does not pay for its defaults."""
 Row = dict[str, Any]
 
 
@@ -48,11 +59,23 @@ def read(path: Path) -> list[Row]:
 
 
 def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int) -> Row:
-    """One method, budget and seed over all prompts, run together."""
-    chosen: Any = BestOfN(n=1) if method == UNSTEERED else method
+    """One method, budget and seed over all prompts, with its defaults or what the budget pays."""
+    row = attempt(pipe, texts, method, nfe, seed, steps, {})
+    small = SMALL.get(method)
+    if "refused" in row and small is not None:
+        row = attempt(pipe, texts, method, nfe, seed, steps, small)
+    return row
+
+
+def attempt(
+    pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int, options: dict
+) -> Row:
+    """All prompts, run together."""
+    chosen: Any = BestOfN(n=1) if method == UNSTEERED else METHODS.get(method)(**options)
     seeds = [1000 * seed + k for k in range(len(texts))]
     row: Row = {
         "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
+        "options": options,
     }  # fmt: skip
     wall, cpu = time.perf_counter(), time.process_time()
     try:

@@ -20,7 +20,8 @@ are differentiated cost about three of the others in time: compare the seconds t
 run's share of all calls on {threads} CPU thread{t}, all prompts together, less what other jobs on
 the machine took.
 
-Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world.
+Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world. Where
+a budget does not pay for the defaults, smaller settings that it pays for stand behind the name.
 
 ![reward and verdict against rows and seconds]({plot})
 """
@@ -67,6 +68,13 @@ def seconds(rows: list[Row]) -> float:
     return float(np.mean([row["seconds"] * min(row["cpu_share"], 1.0) for row in rows]))
 
 
+def settings(rows: list[Row]) -> str:
+    """Options that are not the defaults, in words."""
+    options = rows[0].get("options") or {}
+    said = ", ".join(f"{k} {v[0] if isinstance(v, list) else v}" for k, v in options.items())
+    return f" ({said})" if said else ""
+
+
 def table(rows: list[Row], nfe: int) -> str:
     """One budget, best detector verdict first."""
     groups = grouped(rows)
@@ -77,7 +85,7 @@ def table(rows: list[Row], nfe: int) -> str:
             continue
         seeds = {row["seed"] for row in mine}
         other = [row for row in base if row["seed"] in seeds]
-        cells = [f"`{method}`" if method != "unsteered" else method]
+        cells = [f"`{method}`{settings(mine)}" if method != "unsteered" else method]
         cells += [text(per_prompt(mine, name)) for name in ("reward", "heldout")]
         for name in ("reward", "heldout"):
             paired = other and method != "best_of_n" and len(other) == len(mine)

@@ -43,6 +43,8 @@ from steering.scoring import Scores, score
 from steering.task import Task, share_out
 
 Listener = Callable[[Task, Progress], None]
+# A decoder holds far more per row than a network, and wider calls of it are no faster.
+_DECODES = 16
 _ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient, Share)
 
 
@@ -277,7 +279,10 @@ class Engine:
 
     def _size(self, batch: Batch) -> int:
         """Most rows of one call."""
-        return len(batch) if _whole(batch.tasks[0], batch.kind) else self.limits[batch.kind]
+        if _whole(batch.tasks[0], batch.kind):
+            return len(batch)
+        limit = self.limits[batch.kind]
+        return min(limit, _DECODES) if batch.kind is Decode and not batch.grad else limit
 
     def _evaluate(self, batch: Batch, rows: Tensor | None) -> Prediction | Tensor | Scores:
         """One call over the given rows (None: all); charges rows and seconds to their owners."""
