@@ -30,6 +30,13 @@ MUTANTS = (
         (f"{NOISE}::test_what_is_expected_is_drawn_in_one_pass_within_bounds",),
     ),
     Mutant(
+        "decoder: as wide as the network",
+        "steering/engine.py",
+        "return min(limit, _DECODES) if",
+        "return limit if",
+        ("tests/test_engine.py::test_wide_decodes_are_cut_where_network_calls_are_not",),
+    ),
+    Mutant(
         "copies: prompts forgotten",
         "steering/duplicates.py",
         "(*row, level, cond) for",

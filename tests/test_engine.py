@@ -189,6 +189,13 @@ def test_batches_are_halved_until_memory_holds_them() -> None:
     assert tight.recipe.engine["limits"]["Denoise"] == 5
 
 
+def test_wide_decodes_are_cut_where_network_calls_are_not() -> None:
+    model = Watched()
+    Engine(model, max_batch=64).run(tasks_of(model, [Echo(n=40)]))
+    assert model.calls == [40] * 4
+    assert model.decoded == [16, 16, 8]
+
+
 def test_a_reward_without_memory_is_halved_too() -> None:
     widths = []
 
