@@ -10,6 +10,7 @@ import gradio as gr
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
 from steering.apps.demo_api import refusal, session_of
+from steering.apps.demo_buttons import buttons
 from steering.apps.demo_controls import (
     EXAMPLE,
     first_reward,
@@ -18,7 +19,7 @@ from steering.apps.demo_controls import (
     rewards_control,
 )
 from steering.apps.demo_session import Host
-from steering.apps.demo_steer import baseline_entries
+from steering.apps.demo_steer import STOPPED, baseline_entries
 from steering.errors import OptionError
 from steering.registry import METHODS
 from steering.result import finite
@@ -85,7 +86,7 @@ def compare_tab(host: Host) -> None:
                     for value, label in ((320, "Budget of each"), (0, "Seed"))
                 )
                 steps = gr.Textbox("", label="Steps", min_width=120, interactive=True)
-            start = gr.Button("Compare", variant="primary", elem_id="compare")
+            pressed = buttons("Compare", "Comparing ...", "compare", cancels="compare-cancel")
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(elem_id="compare-status")
             result = gr.HTML(elem_id="compare-result")
@@ -117,14 +118,8 @@ def compare_tab(host: Host) -> None:
         yield {result: _compared(tickets)}
 
     inputs = [prompt, methods, model, rewards, heldout, nfe, seed, steps]
-    start.click(
-        run,
-        inputs,
-        [status, result],
-        api_visibility="private",
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
+    pressed.on_press(run, inputs, [status, result], api_visibility="private")
+    pressed.on_cancel(host, status)
 
 
 def _compared(tickets: dict[str, Any]) -> str:
@@ -132,15 +127,16 @@ def _compared(tickets: dict[str, Any]) -> str:
     for name, ticket in tickets.items():
         if not ticket.results:
             continue
-        outcome = ticket.results[0]
-        if name == "best_of_n":
+        outcome, whole = ticket.results[0], ticket.state == "finished"
+        if name == "best_of_n" and whole:
             entries += baseline_entries(ticket)
             lines.append(("best-of-N", views.best_of_n_line(outcome)))
             continue
+        title = "best-of-N" if name == "best_of_n" else name
         png = views.file_bytes(outcome.files[0])
-        if png is not None:
-            entries.append((name, png, views.facts(outcome)))
-        lines.append((name, ticket.live.snapshot()["curve"]))
+        if png is not None:  # of a stopped run only the best is kept, and no unsteered sample
+            entries.append((title + STOPPED * (not whole), png, views.facts(outcome)))
+        lines.append((title, ticket.live.snapshot()["curve"]))
     return views.columns(entries) + views.reward_plot([(n, p) for n, p in lines if p])
 
 
@@ -154,7 +150,7 @@ def replay_tab(host: Host) -> None:
                 elem_id="png",
                 interactive=True,
             )
-            start = gr.Button("Run it again", variant="primary", elem_id="again")
+            pressed = buttons("Run it again", "Running ...", "again", cancels="again-cancel")
             shown = gr.HTML(elem_id="recipe")
             carried = gr.JSON(visible=False)
         with gr.Column(scale=3, min_width=300):
@@ -196,14 +192,8 @@ def replay_tab(host: Host) -> None:
         yield views.message(words, wrong=not same), views.columns(pair), done
 
     file.change(show, file, [carried, shown, status], api_name="recipe", show_progress="hidden")
-    start.click(
-        run,
-        file,
-        [status, result, report],
-        api_name="replay",
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
+    pressed.on_press(run, file, [status, result, report], api_name="replay")
+    pressed.on_cancel(host, status)
 
 
 def score_tab(host: Host) -> None:
@@ -219,7 +209,7 @@ def score_tab(host: Host) -> None:
             )
             prompt = gr.Textbox(EXAMPLE, label="Prompt", max_lines=4, interactive=True)
             chosen = rewards_control(host, "Rewards")
-            start = gr.Button("Score", variant="primary", elem_id="score")
+            pressed = buttons("Score", "Scoring ...", "score")
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(elem_id="score-status")
             report = gr.JSON(visible=False)
@@ -236,14 +226,7 @@ def score_tab(host: Host) -> None:
         body = [[r["file"], *[views.number(r["scores"][n]) for n in names]] for r in rows]
         return views.table(head, body, f"{len(rows)} pictures"), finite({"rows": rows})
 
-    start.click(
-        run,
-        [files, prompt, chosen],
-        [status, report],
-        api_name="score",
-        show_progress="hidden",
-        concurrency_limit=None,
-    )
+    pressed.on_press(run, [files, prompt, chosen], [status, report], api_name="score")
 
 
 async def _score(

@@ -10,6 +10,7 @@ import gradio as gr
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
 from steering.apps.demo_api import refusal, session_of
+from steering.apps.demo_buttons import Buttons, buttons
 from steering.apps.demo_controls import (
     Shown,
     controls,
@@ -25,6 +26,7 @@ from steering.apps.demo_queue import Ticket
 from steering.apps.demo_session import Host
 from steering.registry import METHODS
 
+STOPPED = " (stopped: best so far)"
 _PLAIN = "(defaults)"
 
 
@@ -43,9 +45,7 @@ def steer_tab(host: Host) -> None:
             weights = weight_controls(host, chosen)
             options_at = gr.Column()
             guess = gr.HTML(elem_id="estimate")
-            with gr.Row():
-                steer = gr.Button("Steer", variant="primary", elem_id="steer", interactive=False)
-                cancel = gr.Button("Cancel", elem_id="cancel")
+            pressed = buttons("Steer", "Steering ...", "steer", cancels="cancel", ready=False)
         with gr.Column(scale=3, min_width=300):
             shown = show()
     timed = [asked.nfe, method, asked.model, asked.steps, asked.scale, asked.compare]
@@ -57,26 +57,28 @@ def steer_tab(host: Host) -> None:
         api_visibility="private",
     )
     method.change(_presets, method, preset, show_progress="hidden", api_visibility="private")
-    cancel.click(_canceller(host), None, shown.status, api_visibility="private")
+    pressed.on_cancel(host, shown.status)
     with options_at:
         # Drawn anew only where other options are asked for: what was filled in is lost then.
         @gr.render(inputs=[method, preset], show_progress="hidden")
         def options_form(name: str, chosen_preset: str) -> None:
             fields = option_fields(METHODS.get(name))
             options = controls(name, chosen_preset, fields)
-            gr.on(
-                [steer.click, asked.prompt.submit],
-                _steerer(host, shown, name, [f.name for f in fields]),
+            event = gr.on(
+                [pressed.start.click, asked.prompt.submit],
+                _steerer(host, shown, pressed, name, [f.name for f in fields]),
                 [*asked.listed(), chosen, *weights, *options],
-                shown.listed(),
+                [*shown.listed(), *pressed.listed()],
+                trigger_mode="multiple",  # a second press is answered, not lost
                 api_visibility="private",
                 show_progress="hidden",
                 concurrency_limit=None,
             )
+            pressed.on_failure(event)
             # Its listener comes with the form, and a press before that would be lost.
             gr.on(
-                fn=lambda: gr.Button(interactive=True),
-                outputs=steer,
+                fn=pressed.ready,
+                outputs=pressed.listed(),
                 api_visibility="private",
                 show_progress="hidden",
             )
@@ -115,44 +117,42 @@ def _estimator(host: Host) -> Any:  # noqa: ANN401
     return guess
 
 
-def _canceller(host: Host) -> Any:  # noqa: ANN401
-    async def cancel(request: gr.Request) -> Any:  # noqa: ANN401
-        if not host.cancel(session_of(request)):
-            return views.message("Nothing of yours is running.")
-        return gr.skip()  # the run itself says how it ended
-
-    return cancel
-
-
-def _steerer(host: Host, shown: Shown, method: str, options: list[str]) -> Any:  # noqa: ANN401
+def _steerer(
+    host: Host,
+    shown: Shown,
+    pressed: Buttons,
+    method: str,
+    options: list[str],
+) -> Any:  # noqa: ANN401
     rewards = host.offer.rewards
 
-    async def steer(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:  # noqa: ANN401
+    async def run(session: str, *values: Any) -> AsyncIterator[dict[Any, Any]]:  # noqa: ANN401
         prompt, model, heldout, nfe, seed, steps, scale, beside, chosen = values[:9]
         weights = dict(zip(rewards, values[9:], strict=False))
         given = dict(zip(options, values[9 + len(rewards) :], strict=True))
         yield shown.cleared()
-        try:
-            order = host.offer.order(
-                prompt,
-                model=model,
-                method=method,
-                options=read_options(METHODS.get(method), given),
-                rewards={name: weights[name] for name in chosen},
-                heldout=heldout,
-                nfe=nfe,
-                seed=seed,
-                call={"num_inference_steps": steps, "guidance_scale": scale},
-            )
-            ticket = host.submit(session_of(request), order)
-        except Exception as error:
-            yield {shown.status: views.message(refusal(error), wrong=True)}
-            return
+        order = host.offer.order(
+            prompt,
+            model=model,
+            method=method,
+            options=read_options(METHODS.get(method), given),
+            rewards={name: weights[name] for name in chosen},
+            heldout=heldout,
+            nfe=nfe,
+            seed=seed,
+            call={"num_inference_steps": steps, "guidance_scale": scale},
+        )
+        ticket = host.submit(session, order)
         async for update in _watch(host, shown, ticket):
             yield update
         if ticket.results:
             async for update in _finish(host, shown, ticket, order, beside):
                 yield update
+
+    async def steer(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:  # noqa: ANN401
+        session = session_of(request)
+        async for update in pressed.during(session, run(session, *values), shown.status):
+            yield update
 
     return steer
 
@@ -214,7 +214,7 @@ def _columns(ticket: Ticket, other: Ticket | None) -> str:
     outcome = ticket.results[0]
     title = outcome.recipe["method"]["name"]
     if ticket.state == "stopped":
-        title += " (stopped: best so far)"
+        title += STOPPED
     entries = []
     if other is not None:
         entries = baseline_entries(other)

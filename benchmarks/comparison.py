@@ -26,6 +26,11 @@ from steering.samplers import BestOfN
 from steering.stickers.prompts import prompts as sticker_prompts
 
 UNSTEERED = "unsteered"
+CONTROLS: dict[str, Any] = {
+    UNSTEERED: BestOfN(n=1),
+    # Particles need noise on the way: what that noise is worth without any steering.
+    "best_of_n_eta1": BestOfN(eta=1.0),
+}
 SMALL: dict[str, dict[str, Any]] = {
     "auto": {"pilot": 2},
     "carinox": {"restarts": 2},
@@ -71,7 +76,7 @@ def attempt(
     pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int, options: dict
 ) -> Row:
     """All prompts, run together."""
-    chosen: Any = BestOfN(n=1) if method == UNSTEERED else METHODS.get(method)(**options)
+    chosen: Any = CONTROLS.get(method) or METHODS.get(method)(**options)
     seeds = [1000 * seed + k for k in range(len(texts))]
     row: Row = {
         "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
@@ -113,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("docs/comparison.jsonl"))
     parser.add_argument("--page", type=Path, default=None, help="write this page and its plot")
     given = parser.parse_args()
-    names = given.methods or METHODS.names()
+    names = given.methods or [*METHODS.names(), *(set(CONTROLS) - {UNSTEERED})]
     store = given.rows
     store.parent.mkdir(parents=True, exist_ok=True)
     rows = read(store)

@@ -31,7 +31,8 @@ class DTS(TreeSearch):
     tree that widens revisits what looks good and leaves unlucky nodes alone: its values are low
     and its law falls short of the tilted one. With one branch level that fades as it grows; the
     default three leave ln Z 0.13 to 0.2 too low and the mean 8 to 15 % short of the tilted one on
-    Gaussian mixtures, at 256 trajectories as at 4096. ``target`` says "heuristic" there.
+    Gaussian mixtures, at 256 trajectories as at 4096. ``target`` says "heuristic" there. Guided
+    rollouts count p / q times, so none of this depends on ``guidance``.
 
     Attributes:
         k: draw k samples as descents reach them, of equal weight; None delivers every finished
@@ -60,6 +61,10 @@ class DTS(TreeSearch):
         target = "tilted" if self.backup == "soft" and fixed else "heuristic"
         object.__setattr__(self, "target", target)
 
+    @property
+    def weighed(self) -> bool:
+        return True
+
     def _descend(self, tree: Tree, node: int, uniforms: Iterator[float]) -> int:
         return tree.choose(node, next(uniforms))
 
@@ -84,6 +89,9 @@ class DTS(TreeSearch):
 @dataclass(frozen=True, kw_only=True)
 class DTSStar(TreeSearch):
     """Tree search for the highest reward: descends by upper confidence bounds.
+
+    Guided rollouts count as what they found; their densities are not kept, so that `dts` cannot
+    go on with such a tree.
 
     With q the value moved to [0, 1] by the range of the rewards seen, v the visits of a node and
     v_c, n those of a child and the number of children:

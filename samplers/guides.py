@@ -84,6 +84,10 @@ class Guided:
     pull: Tensor
     lean: Tensor
 
+    def rows(self, index: Tensor | slice) -> Guided:
+        """The same of these rows."""
+        return Guided(self.prediction.rows(index), self.pull[index], self.lean[index])
+
 
 class Rows(NamedTuple):
     """Whose rows of states these are: what their random numbers and prompts are named by.

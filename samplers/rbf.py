@@ -12,10 +12,12 @@ path, whose early levels give more varied proposals. Per chain:
 
 The network's answer at a proposal is its drift later, so a proposal costs one network row, one
 decode and one reward call. Chains do not meet until the best of their finished samples is chosen.
+With guidance all proposals from a state lean by one gradient, which is asked for once.
 
 Cost of C chains: C (n_init + n_proposals + k - 1) network rows for k finishing steps, and
 C (n_init + n_proposals + 1) decodes and reward calls; at most, where ``reward_max`` or
-``spend_rest=False`` stop it early.
+``spend_rest=False`` stop it early. Guidance adds its decodes and reward calls once a level and
+finishing step, and where it goes through the network a row a level and one before the finish.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ from steering.paths import VP, Linear, Path
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
+from steering.samplers.guides import Guide, Rows
 from steering.samplers.rbf_chain import Chain, Quotas, Stand
 from steering.samplers.rbf_levels import OnPath, rbf_grid
 from steering.samplers.rollout import judge, walk
+from steering.samplers.twists import draw, require_gaussian
 from steering.transitions import ODE, Transition
 
 PATHS: dict[str, Path | None] = {"vp": VP(), "linear": Linear(), "own": None}
@@ -104,6 +108,7 @@ class RBF(Sampler):
     needs_gradient: ClassVar[bool] = False
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Published configuration for FLUX.1-schnell: 500 rows of which 498 are spent, 10 levels
         # sqrt(1 - u^2) of VP(0.1, 20), g = 3 t^2, 2 chains of 25 noises, quota (500 - 50) / 20;
@@ -149,6 +154,14 @@ class RBF(Sampler):
                 "proposals would be equal. Set eta > 0, or transition='rbf'."
             )
 
+    def _check_guide(self, guide: Guide) -> None:
+        super()._check_guide(guide)
+        if guide.recurrence > 1:
+            raise OptionError(
+                "rbf: proposals from a state share its gradient, and a repeated step would need "
+                "one of its own for each. Set recurrence=1 in its guidance, or use random_search."
+            )
+
     def kernel(self) -> Transition:
         """The transition these options name, made on ``path``."""
         kernel, path = super().kernel(), PATHS[self.path]
@@ -157,6 +170,8 @@ class RBF(Sampler):
 
     def levels(self, model: Model) -> Grid:
         """The levels to search, then those of the finishing steps."""
+        if self.guide is not None:
+            require_gaussian("rbf with guidance", model)
         own = model.grid()
         if self.level_times is not None:
             shape: Sequence[float] | None = self.level_times
@@ -209,9 +224,21 @@ class RBF(Sampler):
     def cost(self, plan: Plan) -> Cost:
         """Exact where nothing stops early and all rows cost the same, else at most."""
         tried = self.n_init + (self.n_proposals or 1)
+        again, calls = self._guided(plan)
         rows = self.n_chains * max(plan.costs)
-        judged = self.n_chains * (tried + 1)
-        return Cost(nfe=rows * (tried + self._tail - 1), decodes=judged, reward_calls=judged)
+        judged = self.n_chains * (tried + 1 + calls)
+        nfe = rows * (tried + self._tail - 1 + again)
+        return Cost(nfe=nfe, decodes=judged, reward_calls=judged)
+
+    def _guided(self, plan: Plan) -> tuple[int, int]:
+        """What guidance adds for a chain: states asked again, and decodes and reward calls."""
+        if self.guide is None:
+            return 0, 0
+        # Where a search ends, a state is known and the finishing walk starts.
+        known = self.last(plan.grid) + (2 if self.finish == "ode" else 1)
+        end = len(plan.grid) if self.finish == "ode" else known
+        again = [i for i in self.guide.guided_steps(plan.grid) if i < known]
+        return len(again) * (self.guide.rho > 0.0), sum(self.per_step(plan)[1][:end])
 
     def fit(self, plan: Plan) -> RBF:
         if self.n_proposals is not None:
@@ -256,22 +283,48 @@ class RBF(Sampler):
         self, ctx: Context, chains: list[Chain]
     ) -> Generator[Request, Any, list[list[Stand]]]:
         """Next states of every chain, asked about together."""
-        states, nodes, kernel = [], [], self.kernel()
-        ctx.foresee(name for chain in chains for name in chain.noise(_AHEAD))
-        for chain in chains:
-            m, k, here = chain.size(self.batch), chain.level, chain.stand
-            t, u = ctx.grid.times[k], ctx.grid.times[k + 1]
-            x, prediction = here.x, here.prediction
-            if m > 1:
-                rows = torch.zeros(m, dtype=torch.long, device=x.device)
-                x, prediction = x[rows], prediction.rows(rows)
-            slots = range(chain.spent, chain.spent + m)
-            moved = ctx.move(x, prediction, t, u, kernel, step=k, slots=slots, stream=chain.stream)
-            states.append(moved)
-            nodes += [k + 1] * m
+        yield from self._lean(ctx, chains)
+        plain = [chain for chain in chains if chain.seen is None]
+        ctx.foresee(name for chain in plain for name in chain.noise(_AHEAD))
+        kernel = self.kernel()
+        states = [self._next(ctx, chain, kernel) for chain in chains]
+        nodes = [
+            chain.level + 1 for chain, x in zip(chains, states, strict=True) for _ in range(len(x))
+        ]
         stands = yield from self._ask(ctx, torch.cat(states), nodes)
         sizes = [len(x) for x in states]
         return [stands[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+
+    def _lean(self, ctx: Context, chains: list[Chain]) -> Generator[Request, Any, None]:
+        """Gradients at the states of chains that are new at a guided level, once for each."""
+        if (lead := self.lead(ctx)) is None:
+            return
+        guided = lead.guide.guided_steps(ctx.grid)
+        new = [c for c in chains if c.seen is None and c.level in guided]
+        for k in sorted({chain.level for chain in new}):
+            group = [chain for chain in new if chain.level == k]
+            x = torch.cat([chain.stand.x for chain in group])
+            known = type(group[0].stand.prediction).cat([c.stand.prediction for c in group])
+            rows = Rows([chain.index for chain in group], "lean")
+            seen = yield from lead.guide.look(
+                ctx, x, ctx.grid.times[k], k, lead.reward_scale, rows=rows, prediction=known
+            )
+            for i, chain in enumerate(group):
+                chain.seen = seen.rows(slice(i, i + 1))
+
+    def _next(self, ctx: Context, chain: Chain, kernel: Transition) -> Tensor:
+        """Proposals of a chain [m, *event]: draws from the kernel, which may lean."""
+        m, k, here = chain.size(self.batch), chain.level, chain.stand
+        t, u = ctx.grid.times[k], ctx.grid.times[k + 1]
+        rows = torch.zeros(m, dtype=torch.long, device=here.x.device)
+        x = here.x[rows] if m > 1 else here.x
+        slots = range(chain.spent, chain.spent + m)
+        if chain.seen is not None and self.guide is not None:
+            seen = chain.seen.rows(rows)
+            base, shift = self.guide.proposal(ctx, x, seen, t, u, k, kernel)
+            return draw(ctx, base, shift, k, chain.stream, slots)[0]
+        prediction = here.prediction.rows(rows) if m > 1 else here.prediction
+        return ctx.move(x, prediction, t, u, kernel, step=k, slots=slots, stream=chain.stream)
 
     def _ask(
         self, ctx: Context, x: Tensor, nodes: list[int]
@@ -324,8 +377,15 @@ class RBF(Sampler):
         if self.finish == "none":
             x = prediction.x0
         else:
-            start = ends[0].node
-            x = yield from walk(ctx, x, ODE, start=start, prediction=prediction, stream="finish")
+            x = yield from walk(
+                ctx,
+                x,
+                ODE,
+                start=ends[0].node,
+                prediction=prediction,
+                stream="finish",
+                lead=self.lead(ctx),
+            )
         rewards, best = yield from judge(x, None)
         of = self.last(ctx.grid) + 1
         info = {"finished": rewards, "best": best.reward}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steering.noise import Name
 from steering.paths import Prediction
+from steering.samplers.guides import Guided
 
 
 class Stand(NamedTuple):
@@ -58,6 +59,7 @@ class Chain:
         quota, used: of the present level.
         spent: proposals so far.
         first, best: of the present level.
+        seen: what guidance found where it stands; None where it has not looked.
     """
 
     index: int
@@ -70,6 +72,7 @@ class Chain:
     spent: int = 0
     first: Stand | None = None
     best: Stand | None = None
+    seen: Guided | None = None
 
     def __post_init__(self) -> None:
         self.bar, self.level = self.stand.reward, self.stand.node
@@ -104,7 +107,7 @@ class Chain:
         kept = self.quota - self.used if early and self.quotas.rollover else 0
         self.stand, self.level = to, to.node
         self.quota, self.used = kept + self.quotas.each[self.level], 0
-        self.first = self.best = None
+        self.first = self.best = self.seen = None
 
     @property
     def end(self) -> Stand:

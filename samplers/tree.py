@@ -10,6 +10,9 @@ the leaves. Leaves carry rewards, all other values come from them (Jain et al. 2
 so V(node) estimates log E[exp(reward_scale r(x0)) | node]. Descending with probability
 softmax_c V(c) reaches a leaf with probability exp(V(leaf) - V(root)) / prod of the numbers of
 children on its way, which is its importance weight.
+
+Children drawn from another law q count p / q times: with rho(c) = log p - log q of the steps from
+the node to c, V(c) + rho(c) takes the place of V(c) wherever children are averaged or chosen.
 """
 
 from __future__ import annotations
@@ -48,10 +51,13 @@ class Tree:
         backup: how a node's value follows from its children's: "soft" (log mean exp), "mean" or
             "max".
         prompt: whose tree it is.
+        weighed: whether ratios count; a search for the maximum takes children as drawn from the
+            model, however they were found.
 
     Attributes:
         parent, visits, reward, value: lists over nodes; rewards are NaN but for leaves, values
             are in log units (reward_scale times reward).
+        ratio: log p - log q of the steps that lead to each node; NaN where nobody knows it.
         children: lists of nodes.
         states: [*event] on the CPU; None for the root.
         leaves: the finished samples in the order in which they were found.
@@ -65,12 +71,13 @@ class Tree:
         reward_scale: float,
         backup: Backup = "soft",
         prompt: str | None = None,
+        weighed: bool = True,
     ) -> None:
         self.levels, self.reward_scale = tuple(levels), reward_scale
         self.backup: Backup = backup
-        self.prompt = prompt
+        self.prompt, self.weighed = prompt, weighed
         self.parent, self.depth, self.visits = [-1], [0], [0]
-        self.reward, self.value = [math.nan], [math.nan]
+        self.reward, self.value, self.ratio = [math.nan], [math.nan], [0.0]
         self.children: list[list[int]] = [[]]
         self.states: list[Tensor | None] = [None]
         self.leaves: list[int] = []
@@ -105,26 +112,36 @@ class Tree:
         for node in path:
             self.visits[node] += 1
 
-    def grow(self, parent: int, states: Sequence[Tensor], reward: float) -> int:
+    def grow(
+        self,
+        parent: int,
+        states: Sequence[Tensor],
+        reward: float,
+        ratios: Sequence[float] | None = None,
+    ) -> int:
         """Adds a chain of states below a node, one for each deeper level; returns its leaf.
 
         Values above are not touched until :meth:`back_up`.
+
+        Args:
+            ratios: one for each state; 0 by default, as of draws from the model.
         """
         if len(states) != len(self.levels) - self.depth[parent]:
             raise OptionError("A chain of a tree needs one state for each level below its parent.")
-        for state in states:
-            parent = self._add(parent, state, 1)
+        for state, ratio in zip(states, ratios or [0.0] * len(states), strict=True):
+            parent = self._add(parent, state, 1, ratio)
         self.reward[parent] = reward
         self.leaves.append(parent)
         return parent
 
-    def _add(self, parent: int, state: Tensor, visits: int) -> int:
+    def _add(self, parent: int, state: Tensor, visits: int, ratio: float) -> int:
         node = len(self)
         self.parent.append(parent)
         self.depth.append(self.depth[parent] + 1)
         self.visits.append(visits)
         self.reward.append(math.nan)
         self.value.append(math.nan)
+        self.ratio.append(ratio)
         self.children.append([])
         # A copy: a view would keep the whole batch it was cut from.
         self.states.append(state.detach().to("cpu", copy=True))
@@ -142,23 +159,31 @@ class Tree:
                 self.high = max(self.high, self.value[leaf])
             changed.update(self.path(leaf)[:-1])
         for node in sorted(changed, reverse=True):  # children always come after their parents
-            self.value[node] = combine([self.value[c] for c in self.children[node]], self.backup)
+            below = self.children[node]
+            values, ratios = [self.value[c] for c in below], [self._counts(c) for c in below]
+            self.value[node] = combine(values, self.backup, ratios)
             self._odds.pop(node, None)
 
-    def revalue(self, *, reward_scale: float, backup: Backup) -> None:
-        """All values again, at another scale or with another backup."""
-        self.reward_scale, self.backup = reward_scale, backup
+    def _counts(self, node: int) -> float:
+        """The log of how often a node counts beside its siblings."""
+        return self.ratio[node] if self.weighed else 0.0
+
+    def _worth(self, node: int) -> list[float]:
+        """What the children of a node are chosen by."""
+        return [self.value[c] + self._counts(c) for c in self.children[node]]
+
+    def revalue(self, *, reward_scale: float, backup: Backup, weighed: bool = True) -> None:
+        """All values again, at another scale, with another backup or other use of ratios."""
+        self.reward_scale, self.backup, self.weighed = reward_scale, backup, weighed
         self.low, self.high = math.inf, -math.inf
         self.back_up(self.leaves)
 
     # --- descending ---
 
     def choose(self, node: int, uniform: float) -> int:
-        """A child drawn with probability softmax of the children's values."""
+        """A child drawn with probability softmax of the children's values and ratios."""
         if node not in self._odds:
-            self._odds[node] = list(
-                accumulate(softmax([self.value[c] for c in self.children[node]]))
-            )
+            self._odds[node] = list(accumulate(softmax(self._worth(node))))
         odds = self._odds[node]
         return self.children[node][min(bisect_left(odds, uniform * odds[-1]), len(odds) - 1)]
 
@@ -169,11 +194,11 @@ class Tree:
         """
         reach = [0.0] * len(self)
         for node in range(len(self)):
-            below = self.children[node]
-            total = logsumexp([self.value[c] for c in below])
-            for c in below:
-                gone = math.isinf(total) or math.isinf(self.value[c])
-                reach[c] = -math.inf if gone else reach[node] + self.value[c] - total
+            worth = self._worth(node)
+            total = logsumexp(worth)
+            for c, own in zip(self.children[node], worth, strict=True):
+                gone = math.isinf(total) or math.isinf(own)
+                reach[c] = -math.inf if gone else reach[node] + own - total
         logs = torch.tensor([reach[leaf] for leaf in self.leaves], dtype=torch.float64)
         return logs + math.log(max(1, len(self.leaves))) + self.value[ROOT]
 
@@ -212,12 +237,15 @@ class Tree:
             "reward_scale": self.reward_scale,
             "backup": self.backup,
             "prompt": self.prompt,
+            "weighed": self.weighed,
         }
         tensors = {
             "parent": torch.tensor(self.parent),
             "visits": torch.tensor(self.visits),
             "reward": torch.tensor(self.reward, dtype=torch.float64),
         }
+        if any(self.ratio):
+            tensors["ratio"] = torch.tensor(self.ratio, dtype=torch.float64)
         if len(self) > 1:
             tensors["x"] = self.stack(range(1, len(self)))
         with atomic(Path(path)) as temporary:
@@ -237,6 +265,7 @@ class Tree:
                 reward_scale=float(about["reward_scale"]),
                 backup=about["backup"],
                 prompt=about["prompt"],
+                weighed=bool(about.get("weighed", True)),
             )
             tree._fill(tensors)
         except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
@@ -246,7 +275,8 @@ class Tree:
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         parents, visits = tensors["parent"].tolist(), tensors["visits"].tolist()
         rewards, x = tensors["reward"].tolist(), iter(tensors.get("x", torch.zeros(0)))
-        if not len(parents) == len(visits) == len(rewards):
+        ratios = tensors["ratio"].tolist() if "ratio" in tensors else [0.0] * len(parents)
+        if not len(parents) == len(visits) == len(rewards) == len(ratios):
             raise ValueError("lists of different lengths")
         if self.backup not in ("soft", "mean", "max"):
             raise ValueError(f"backup {self.backup!r}")
@@ -254,7 +284,7 @@ class Tree:
         for node, parent in enumerate(parents[1:], 1):
             if not 0 <= parent < node or self.is_leaf(parent):
                 raise ValueError(f"node {node} hangs on {parent}")
-            self._add(parent, next(x).clone(), visits[node])
+            self._add(parent, next(x).clone(), visits[node], ratios[node])
             if self.is_leaf(node):
                 if math.isnan(rewards[node]):
                     raise ValueError(f"leaf {node} has no reward")
@@ -283,13 +313,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
-def combine(values: Sequence[float], backup: Backup) -> float:
-    """The value of a node from its children's."""
+def combine(
+    values: Sequence[float], backup: Backup, ratios: Sequence[float] | None = None
+) -> float:
+    """The value of a node from its children's.
+
+    Args:
+        ratios: logs of how often each child counts; 0 by default. A maximum counts nothing.
+    """
+    ratios = ratios or [0.0] * len(values)
     if backup == "max":
         return max(values)
     if backup == "mean":
-        return sum(values) / len(values)
-    return logsumexp(values) - math.log(len(values))
+        counts = [math.exp(r - max(ratios)) for r in ratios]
+        return sum(n * v for n, v in zip(counts, values, strict=True) if n) / sum(counts)
+    worth = [v + r for v, r in zip(values, ratios, strict=True)]
+    return logsumexp(worth) - math.log(len(values))
 
 
 def logsumexp(values: Sequence[float]) -> float:

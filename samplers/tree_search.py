@@ -8,7 +8,8 @@ descends from the root and leaves the tree at the first node that has fewer chil
 
 Cost: a rollout from a node at grid node g makes the steps g, g + 1, ..., one network call each, so
 a tree costs the steps between its nodes, each once. Rollouts end where the next would exceed the
-budget. One decode and one reward call per rollout; only finished samples are scored.
+budget. One decode and one reward call per rollout; only finished samples are scored. Guided steps
+add the calls of their gradients, each once too.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from steering.errors import BudgetError, OptionError, TimeUp
 from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.noise import NoiseKey
-from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score
+from steering.requests import Decode, Outcome, Progress, Request, Run, Score
 from steering.samplers.base import (
     Sampler,
     check_levels,
@@ -37,6 +38,7 @@ from steering.samplers.base import (
     within_budget,
 )
 from steering.samplers.tree import ROOT, Backup, Tree
+from steering.samplers.tree_rollout import roll_out
 
 _DEFAULT = 16
 """Trajectories where neither the user nor a budget says how many."""
@@ -48,12 +50,25 @@ _CHUNK = 16
 """Samples decoded together where their pictures are needed again."""
 
 
+class Price(NamedTuple):
+    """Network rows, and decodes and reward calls: of rollouts, or left to spend on them."""
+
+    rows: int
+    calls: float
+
+    def covers(self, other: Price) -> bool:
+        return self.rows >= other.rows and self.calls >= other.calls
+
+    def minus(self, other: Price) -> Price:
+        return Price(self.rows - other.rows, self.calls - other.calls)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TreeSearch(Sampler):
     """Base of the tree searches; a subclass says how to descend and what to deliver.
 
     Attributes:
-        trajectories: network rows to spend, in units of one sample from noise to data; None
+        trajectories: network rows to spend, in units of one rollout from noise to data; None
             spends the budget (16 where there is none).
         reward_scale: lambda of the values; None as in `fk`.
         branch_levels: where states are kept and may branch, as fractions of the steps made.
@@ -85,6 +100,7 @@ class TreeSearch(Sampler):
     eta: float = 1.0
 
     name: ClassVar[str]
+    unguided: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,23 +145,31 @@ class TreeSearch(Sampler):
         """Grid nodes at which states are kept: the branch levels, then the end."""
         return [*checkpoint_steps(grid, self.branch_levels, self.noise_levels), len(grid)]
 
-    def prices(self, plan: Plan) -> list[int]:
-        """Network rows of a rollout from depth 0 (fresh noise), 1, 2, ..."""
+    def prices(self, plan: Plan) -> list[Price]:
+        """Of a rollout from depth 0 (fresh noise), 1, 2, ..."""
+        rows, calls = self.per_step(plan)
         starts = [0, *self.tree_levels(plan.grid)[:-1]]
-        return [sum(plan.costs[start:]) for start in starts]
+        return [Price(sum(rows[start:]), 1 + sum(calls[start:])) for start in starts]
+
+    def _everything(self, prices: list[Price]) -> Price:
+        """A full tree: most^d nodes at depth d, each walked to once."""
+        edges = [a.minus(b) for a, b in pairwise([*prices, Price(0, 0)])]
+        nodes = [int(self._most) ** (d + 1) for d in range(len(edges))]
+        rows, calls = (sum(n * e[k] for n, e in zip(nodes, edges, strict=True)) for k in (0, 1))
+        return Price(int(rows), calls)
 
     def cap(self, plan: Plan) -> int:
         """Network rows that the rollouts may spend together."""
-        caps = [n * plan.trajectory for n in (self.trajectories, plan.budget.reward_calls) if n]
-        caps += [plan.budget.nfe] if plan.budget.nfe else []
-        prices = [*self.prices(plan), 0]
-        if self._most < math.inf:  # a full tree: most^d nodes at depth d, each walked to once
-            full = sum(
-                int(self._most) ** (d + 1) * (prices[d] - prices[d + 1])
-                for d in range(len(prices) - 1)
-            )
-            caps.append(full)
-        return min(caps) if caps else _DEFAULT * plan.trajectory
+        prices, caps = self.prices(plan), []
+        if self.trajectories:
+            caps.append(self.trajectories * prices[0].rows)
+        if plan.budget.nfe:
+            caps.append(plan.budget.nfe)
+        if plan.budget.reward_calls:
+            caps.append(int(plan.budget.reward_calls // prices[-1].calls) * prices[0].rows)
+        if self._most < math.inf:
+            caps.append(self._everything(prices).rows)
+        return min(caps) if caps else _DEFAULT * prices[0].rows
 
     def cost(self, plan: Plan) -> Cost:
         """At most what a run spends: where rollouts start depends on the rewards.
@@ -154,26 +178,29 @@ class TreeSearch(Sampler):
         that are decoded again are not counted.
         """
         nfe, prices = self.cap(plan), self.prices(plan)
-        first = prices[-1] if self.load_tree else prices[0]
-        rollouts = 1 + max(0, nfe - first) // prices[-1]
+        first = Price(0, 0) if self.load_tree else prices[0]
+        left = max(0, nfe - first.rows)
+        judged = first.calls + max(left * price.calls // price.rows for price in prices)
         if self._most < math.inf:
-            rollouts = min(rollouts, int(self._most) ** len(prices))
+            judged = min(judged, self._everything(prices).calls)
         if plan.budget.reward_calls is not None:
-            rollouts = min(rollouts, plan.budget.reward_calls)
-        return Cost(nfe=nfe, decodes=rollouts, reward_calls=rollouts)
+            judged = min(judged, plan.budget.reward_calls)
+        return Cost(nfe=nfe, decodes=int(judged), reward_calls=int(judged))
 
     def fit(self, plan: Plan) -> TreeSearch:
         levels = self.tree_levels(plan.grid)[:-1]
         check_levels(self, "branch_levels", plan.grid, levels)
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
-        if plan.budget.nfe is not None and plan.budget.nfe < plan.trajectory:
-            raise BudgetError(
-                f"nfe={plan.budget.nfe} is too small: one rollout needs {plan.trajectory} here "
-                f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it to "
-                "that, or lower the number of steps."
-            )
+        one, caps = self.prices(plan)[0], (plan.budget.nfe, plan.budget.reward_calls)
+        for name, cap, need in zip(("nfe", "reward_calls"), caps, one, strict=True):
+            if cap is not None and cap < need:
+                raise BudgetError(
+                    f"{name}={cap} is too small: one rollout needs {need} here "
+                    f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it "
+                    "to that, or lower the number of steps."
+                )
         if self.trajectories is not None:
-            need = Cost(nfe=self.trajectories * plan.trajectory, decodes=0, reward_calls=0)
+            need = Cost(nfe=self.trajectories * one.rows, decodes=0, reward_calls=0)
             within_budget(plan, need, f"{self.name} with {self.trajectories} trajectories")
         for path in (self.save_tree, self.load_tree):
             if path is not None and not Path(path).parent.is_dir():
@@ -200,13 +227,12 @@ class TreeSearch(Sampler):
     def _search(self, ctx: Context, tree: Tree, pictures: dict[int, Tensor]) -> Run:
         """Rounds of rollouts until the budget is spent or the tree is full."""
         assert self.reward_scale is not None
-        plan, of, spent = ctx.plan, self.cap(ctx.plan), 0
-        prices, calls = self.prices(plan), plan.budget.reward_calls or math.inf
+        plan, of, prices = ctx.plan, self.cap(ctx.plan), self.prices(ctx.plan)
+        left = Price(of, plan.budget.reward_calls or math.inf)
         uniforms = stream(ctx.key(f"descend/{len(tree.leaves)}"))
-        found = 0
-        while parents := self._round(tree, prices, of - spent, calls - found, uniforms):
-            spent += sum(prices[tree.depth[p]] for p in parents)
-            found += len(parents)
+        while parents := self._round(tree, prices, left, uniforms):
+            for parent in parents:
+                left = left.minus(prices[tree.depth[parent]])
             leaves = yield from self._roll_out(ctx, tree, parents, pictures)
             tree.back_up(leaves)
             self._forget(tree, pictures)
@@ -216,29 +242,29 @@ class TreeSearch(Sampler):
                 "leaves": len(tree.leaves),
                 "root_value": tree.value[ROOT],
             }
-            yield Progress(step=spent, of=of, info=info)
+            yield Progress(step=of - left.rows, of=of, info=info)
         return None  # type: ignore[return-value]
 
     def _round(
-        self, tree: Tree, prices: list[int], nfe: int, calls: float, uniforms: Iterator[float]
+        self, tree: Tree, prices: list[Price], left: Price, uniforms: Iterator[float]
     ) -> list[int]:
         """The nodes from which the next rollouts start, as many as width and budget allow."""
         parents: list[int] = []
         pending: Counter[int] = Counter()
-        while len(parents) < min(self.width, calls) and nfe >= prices[-1]:
-            node = self._open(tree, prices, nfe, pending, uniforms)
+        while len(parents) < self.width and left.covers(prices[-1]):
+            node = self._open(tree, prices, left, pending, uniforms)
             if node is None:
                 break
             parents.append(node)
             pending[node] += 1
-            nfe -= prices[tree.depth[node]]
+            left = left.minus(prices[tree.depth[node]])
         return parents
 
     def _open(
         self,
         tree: Tree,
-        prices: list[int],
-        nfe: int,
+        prices: list[Price],
+        left: Price,
         pending: Counter[int],
         uniforms: Iterator[float],
     ) -> int | None:
@@ -249,7 +275,7 @@ class TreeSearch(Sampler):
 
         def has_room(node: int, quota: float) -> bool:
             children = len(tree.children[node]) + pending[node]
-            payable = not tree.is_leaf(node) and prices[tree.depth[node]] <= nfe
+            payable = not tree.is_leaf(node) and left.covers(prices[tree.depth[node]])
             return payable and children < quota
 
         path: list[int] = []
@@ -285,42 +311,18 @@ class TreeSearch(Sampler):
     def _roll_out(
         self, ctx: Context, tree: Tree, parents: list[int], pictures: dict[int, Tensor]
     ) -> Generator[Request, Any, list[int]]:
-        """Walks from each parent to the end, in step: a rollout joins where its parent stands."""
-        first, kernel, levels = len(tree.leaves), self.kernel(), set(tree.levels)
-        starts = [max(0, tree.place(p)) for p in parents]
-        order = sorted(range(len(parents)), key=lambda j: starts[j])
-        chains: list[list[Tensor]] = [[] for _ in parents]
-        if kernel.stochastic:  # the last step adds no noise
-            steps = range(len(ctx.grid) - 1)
-            ctx.foresee(("proposal", i, first + j) for i in steps for j in order if starts[j] <= i)
-        x, walking = None, 0
-        for i, (t, u) in enumerate(ctx.grid.steps()):
-            joining = [self._from(ctx, tree, parents[j], first + j) for j in order[walking:]
-                       if starts[j] == i]  # fmt: skip
-            x = torch.cat([*([] if x is None else [x]), *joining]) if joining else x
-            walking += len(joining)
-            if x is None:
-                continue
-            for j, row in zip(order[:walking], x, strict=True):
-                if i in levels and i > tree.place(parents[j]):
-                    chains[j].append(row)
-            slots = [first + j for j in order[:walking]]
-            x = ctx.move(x, (yield Denoise(x, t)), t, u, kernel, step=i, slots=slots)
-        assert x is not None
-        x = x[torch.tensor(order).argsort().to(x.device)]
+        """A leaf for each parent."""
+        found = yield from roll_out(
+            ctx, tree, parents, self.kernel(), self.lead(ctx), self.weighed
+        )
+        x = torch.stack([rollout.states[-1] for rollout in found])
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)
         leaves = []
-        for j, reward in enumerate(as_float64(scores.value).tolist()):
-            leaves.append(tree.grow(parents[j], [*chains[j], x[j]], reward))
-            pictures[leaves[-1]] = images[j].detach().to("cpu", copy=True)
+        for r, image, reward in zip(found, images, as_float64(scores.value).tolist(), strict=True):
+            leaves.append(tree.grow(r.parent, r.states, reward, r.ratios))
+            pictures[leaves[-1]] = image.detach().to("cpu", copy=True)
         return leaves
-
-    def _from(self, ctx: Context, tree: Tree, parent: int, slot: int) -> Tensor:
-        """The first state of rollout number ``slot``, [1, *event]."""
-        if parent == ROOT:
-            return ctx.model.noise(1, ctx.key("init").at(slot=slot), cond=ctx.cond)
-        return tree.stack([parent]).to(ctx.model.device)
 
     def _start(self, ctx: Context) -> Tree:
         """An empty tree, or the one to go on with.
@@ -331,6 +333,7 @@ class TreeSearch(Sampler):
         assert self.reward_scale is not None
         levels, prompt = self.tree_levels(ctx.grid), ctx.model.prompts[ctx.cond]
         options: Any = {"reward_scale": self.reward_scale, "backup": self.backup}
+        options["weighed"] = self.weighed
         if self.load_tree is None:
             return Tree(levels, prompt=prompt, **options)
         path = tree_file(self.load_tree, ctx)
@@ -343,6 +346,11 @@ class TreeSearch(Sampler):
         ):
             if here != there:
                 raise OptionError(f"{path}: the tree's {what} is {there!r}, not {here!r}.")
+        if self.weighed and any(map(math.isnan, tree.ratio)):
+            raise OptionError(
+                f"{path}: rollouts of this tree were guided and their densities not kept, so its "
+                f"weights are unknown to {self.name}. Go on with dts_star, or start a new tree."
+            )
         tree.revalue(**options)
         return tree
 

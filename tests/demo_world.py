@@ -26,7 +26,13 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._free, self._permits = True, 0
+        self._free, self._permits, self._waiting = True, 0, 0
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a score waits, and none was told to go on."""
+        with self._changed:
+            return self._waiting > 0 and not self._free and not self._permits
 
     def shut(self) -> None:
         self._set(False, 0)
@@ -45,7 +51,9 @@ class Gate:
     def pass_through(self) -> None:
         """Waits for its turn; gives up after a while, so that no test can hang."""
         with self._changed:
+            self._waiting += 1
             self._changed.wait_for(lambda: self._free or self._permits > 0, timeout=PATIENCE)
+            self._waiting -= 1
             self._permits -= not self._free
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,15 @@ from playwright.sync_api import expect, sync_playwright
 
 import steering
 from steering.apps.demo import launch
-from steering.recipe import read
+from steering.recipe import read, write_png
 from tests.demo_world import PATIENCE, PROMPT, eventually, held, hosting
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 MUST = "BROWSER_TESTS" in os.environ  # set where a missing browser is a fault of the set-up
 SERIOUS = ("serious", "critical")
+SOON = 10_000.0  # ms until a button has changed
 TABS = ("Steer", "Compare", "Replay", "Score")
+STEER, STEERING = ("#steer", "Steer", "#cancel"), ("#steer", "Steering ...", "#cancel")
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +93,15 @@ class Visitor:
     def number(self, label: str, value: object) -> None:
         self.page.get_by_label(label).locator("visible=true").fill(str(value))
 
-    def guide(self, *rewards: str) -> None:
+    def tick(self, *rewards: str) -> None:
         """Ticks these of the rewards that guide and no others."""
         group = self.page.get_by_role("group", name="Rewards that guide").locator("visible=true")
         for box in group.get_by_role("checkbox").all():
             box.set_checked(box.locator("xpath=..").inner_text() in rewards)
+
+    def guide(self, *rewards: str) -> None:
+        """The same on the Steer tab, where each has a weight."""
+        self.tick(*rewards)
         for name in rewards:
             expect(self.page.get_by_label(f"Weight of {name}")).to_be_visible()
 
@@ -108,6 +115,25 @@ class Visitor:
 
     def steer(self) -> None:
         self.at("#steer").click()
+
+    def choose(self, method: str) -> None:
+        self.at("#method input").click()
+        self.page.get_by_role("option", name=method, exact=True).click()
+        expect(self.page.get_by_text(f"Options of {method}", exact=True)).to_be_visible()
+
+    def ready(self, start: str, words: str, cancel: str = "") -> None:
+        """A tab's button can be pressed, and there is nothing to cancel."""
+        expect(self.at(start)).to_be_enabled(timeout=SOON)
+        expect(self.at(start)).to_have_text(words)
+        if cancel:
+            expect(self.at(cancel)).to_be_disabled(timeout=SOON)
+
+    def busy(self, start: str, words: str, cancel: str = "") -> None:
+        """A tab's button cannot be pressed and says why, and Cancel can."""
+        expect(self.at(start)).to_have_text(words, timeout=SOON)
+        expect(self.at(start)).to_be_disabled(timeout=SOON)
+        if cancel:
+            expect(self.at(cancel)).to_be_enabled(timeout=SOON)
 
     def says(self, words: str | re.Pattern[str], where: str = "#status") -> None:
         expect(self.at(where)).to_contain_text(words)
@@ -144,7 +170,7 @@ def made(server, tmp_path_factory):
     host, _ = server
     file = tmp_path_factory.mktemp("made") / "apple.png"
     order = host.offer.order(
-        PROMPT, model="stickers", method="fk", rewards={"brightness": 1.0}, nfe=32,
+        PROMPT, model="stickers", method="fk", rewards={"gated": 1.0}, nfe=32,
         call={"num_inference_steps": 4},
     )  # fmt: skip
     ticket = host.submit("maker", order)
@@ -234,7 +260,9 @@ def test_cancel_in_mid_run_gives_the_best_so_far(visitor, tmp_path):
     spent = int(re.search(r"(\d+) of 640", visitor.at("#status").inner_text()).group(1))
     assert 0 < spent < 640
     assert read(visitor.download(tmp_path)).engine["stopped"]
-    visitor.at("#cancel").click()
+    visitor.ready(*STEER)
+    # a press that was on its way when the run ended
+    visitor.at("#cancel").evaluate("button => { button.disabled = false; button.click(); }")
     visitor.says("Nothing of yours is running")
 
 
@@ -250,6 +278,104 @@ def test_options_keep_their_values_when_the_form_is_drawn_again(visitor):
     code = visitor.page.get_by_label("Python", exact=True)
     expect(code).to_have_value(re.compile(r"reward='0\.5\*clip[^+]*\+ brightness'"))
     expect(code).to_have_value(re.compile("'n_particles': 2"))
+
+
+# --- buttons of what is going on ----------------------------------------------------------------
+
+
+def test_steer_cannot_be_pressed_until_its_run_and_the_comparison_are_over(visitor, server):
+    visitor.guide("gated")
+    visitor.ask(nfe=32, steps=4)
+    visitor.ready(*STEER)
+    enter = visitor.at("#prompt textarea").press
+    with held() as gate:
+        visitor.steer()
+        visitor.busy(*STEERING)
+        eventually(lambda: gate.blocked, "the run has begun")
+        (run,) = server[0]._running.values()
+        while not run.over:
+            gate.let(1)
+            eventually(lambda: gate.blocked or run.over, "a score is through")
+        visitor.says("Now best-of-N")
+        visitor.busy(*STEERING)
+        enter("Enter")
+        expect(visitor.page.get_by_text("Your run is still going")).to_be_visible()
+        visitor.choose("svdd")  # the form is drawn anew, and its listeners with it
+        visitor.page.wait_for_timeout(1000)
+        visitor.busy(*STEERING)
+        enter("Enter")
+        expect(visitor.page.get_by_text("Your run is still going")).to_have_count(2)
+        assert len(server[0].tickets(run.session)) == 2
+        gate.open()
+    expect(visitor.at("#result figure")).to_have_count(3)
+    visitor.ready(*STEER)
+    visitor.steer()
+    visitor.says("Steered by svdd", "#result")
+    expect(visitor.at("#result figure")).to_have_count(3)
+    visitor.ready(*STEER)
+
+
+def test_compare_comes_back_after_a_cancel_and_wrong_input(visitor):
+    visitor.tab("Compare")
+    visitor.tick("gated")
+    visitor.number("Budget of each", 64)
+    visitor.number("Steps", 4)
+    with held() as gate:
+        visitor.at("#compare").click()
+        visitor.busy("#compare", "Comparing ...", "#compare-cancel")
+        eventually(lambda: gate.blocked, "the runs have begun")
+        gate.let(1)
+        eventually(lambda: gate.blocked, "some pictures are scored")
+        visitor.at("#compare-cancel").click()
+        visitor.page.wait_for_timeout(300)  # the click is on its way
+        gate.open()
+    visitor.says("Stopped", "#compare-status")
+    visitor.ready("#compare", "Compare", "#compare-cancel")
+    visitor.says("(stopped: best so far)", "#compare-result")
+    expect(visitor.at("#compare-result")).not_to_contain_text("Unsteered")
+    visitor.number("Steps", 10**6)
+    visitor.at("#compare").click()
+    expect(visitor.at("#compare-status [role=alert]")).to_contain_text("[1, 100]")
+    visitor.ready("#compare", "Compare", "#compare-cancel")
+
+
+def test_replay_and_score_come_back_after_an_end_and_an_error(visitor, made, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    with Image.open(made) as image:  # its recipe names a picture that the run does not make
+        write_png(image.convert("RGB"), damaged, replace(read(made), image=7))
+    visitor.tab("Replay")
+    upload, replay = visitor.at("#png input[type=file]"), ("Run it again", "#again-cancel")
+    visitor.at("#again").click()
+    expect(visitor.at("#replay-status [role=alert]")).to_contain_text("Choose a file")
+    visitor.ready("#again", *replay)
+    upload.set_input_files(made)
+    visitor.says("carries its recipe", "#replay-status")
+    with held() as gate:
+        visitor.at("#again").click()
+        visitor.busy("#again", "Running ...", "#again-cancel")
+        gate.open()
+    visitor.says("Identical", "#replay-status")
+    visitor.ready("#again", *replay)
+    visitor.at("#png").get_by_label("Clear").click()
+    upload.set_input_files(damaged)
+    visitor.says("carries its recipe", "#replay-status")
+    visitor.at("#again").click()
+    expect(visitor.page.get_by_text("picture 7 of 4")).to_be_visible()
+    visitor.ready("#again", *replay)
+
+    visitor.tab("Score")
+    visitor.at("#score").click()
+    visitor.says("Choose 1 to 16 pictures", "#score-status")
+    visitor.ready("#score", "Score")
+    visitor.at("#pictures input[type=file]").set_input_files(made)
+    expect(visitor.at("#pictures")).to_contain_text("apple")
+    visitor.page.get_by_label("gated").locator("visible=true").check()
+    with held() as gate:
+        visitor.at("#score").click()
+        visitor.busy("#score", "Scoring ...")
+        gate.open()
+    expect(visitor.at("#score-status table")).to_be_visible()
+    visitor.ready("#score", "Score")
 
 
 # --- several people -----------------------------------------------------------------------------
@@ -316,6 +442,7 @@ def test_what_is_wrong_in_the_form_is_a_message_and_the_server_stays_up(visitor)
     def refused(words: str) -> None:
         visitor.steer()
         expect(visitor.at("#status [role=alert]")).to_contain_text(words)
+        visitor.ready(*STEER)
 
     visitor.at("#prompt textarea").fill("  ")
     refused("non-empty text")
@@ -391,12 +518,12 @@ def test_a_vanished_model_folder_is_a_message_and_a_log_line(visitor, vanishing,
     visitor.page.get_by_role("option", name=str(vanishing)).click()
     visitor.steer()
     expect(visitor.at("#status [role=alert]")).to_contain_text("could not be opened")
+    visitor.ready(*STEER)
     assert f"Model {str(vanishing)!r} could not be opened" in caplog.text
     hidden.rename(vanishing)
     visitor.steer()
     visitor.says("Finished")
-    expect(visitor.page.get_by_text("Best of 2")).to_be_visible()  # Steer waits for its end
-    visitor.page.wait_for_timeout(500)
+    expect(visitor.page.get_by_text("Best of 2")).to_be_visible()
     vanishing.rename(hidden)  # once open it lives in memory
     visitor.number("Budget", 24)
     visitor.steer()

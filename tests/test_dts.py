@@ -389,7 +389,7 @@ def test_cost_by_hand() -> None:
     """7 steps at 2 2 2 3 3 3 3 rows; levels 2 and 4, so rollouts cost 18, 14 or 9."""
     method = DTS(branch_levels=(0.3, 0.6), trajectories=10)
     plan = plan_of(guided(), method)
-    assert method.prices(plan) == [18, 14, 9]
+    assert [price.rows for price in method.prices(plan)] == [18, 14, 9]
     cost = method.cost(plan)
     assert (cost.nfe, cost.reward_calls) == (180, 1 + (180 - 18) // 9)
     assert (
@@ -401,7 +401,7 @@ def test_cost_by_hand() -> None:
 @pytest.mark.parametrize("nfe", [18, 35, 100, 333])
 def test_budgets_are_spent_to_the_last_rollout(method, nfe: int) -> None:
     ledger = steer(guided(), LINE, method, nfe=nfe).ledger
-    deepest = method.prices(plan_of(guided(), method))[-1]
+    deepest = method.prices(plan_of(guided(), method))[-1].rows
     assert nfe - deepest < ledger.nfe <= nfe
 
 

@@ -16,12 +16,15 @@ from steering.noise import NoiseKey
 from steering.registry import METHODS
 from steering.rewards import FunctionReward
 from steering.samplers import (
+    DTS,
     EPF,
+    RBF,
     SVDD,
     Auto,
     BestOfMajority,
     BestOfN,
     CoDe,
+    DTSStar,
     Evo,
     Guidance,
     Guide,
@@ -57,7 +60,7 @@ def guided(case, **guide) -> Method:
             "eta": 1.0,
             **({"move": "tail", "blend": 0.4} if case.name == "parallel_tempering" else {}),
         }
-    turns = {} if case.weighed else {"recurrence": 2}
+    turns = {} if case.weighed or case.name == "rbf" else {"recurrence": 2}
     settings = {"rho": 0.5, "mu": 0.05, "smoothing": 0.1, "n_draws": 2, "start": 0.2, "stop": 0.9}
     return replace(case, guidance=Guide(**{**settings, **turns, **guide}), **more)
 
@@ -70,9 +73,7 @@ EVERY = [
 
 def test_which_methods_can_be_guided() -> None:
     refused = set(METHODS.names()) - set(LEADABLE)
-    assert refused - {"dts", "dts_star", "rbf"} == {
-        "carinox", "das", "dno", "guidance", "reno", "tds",
-    }  # fmt: skip
+    assert refused == {"carinox", "das", "dno", "guidance", "reno", "tds"}
 
 
 @pytest.mark.parametrize("case", EVERY)
@@ -162,6 +163,35 @@ COSTS = [
         2 * (5 + 5 + 2 + 3),
     ),
     (RandomSearch(n=3, guidance=Guide(mu=0.1)), 3 * 6, 3 * 6, 3 * (6 * 2 + 1)),
+    # Two noises and two levels of three proposals; a gradient a level and finishing step, of which
+    # the states at the levels and at the start of the finish are asked again.
+    (
+        RBF(n_proposals=6, n_init=2, n_chains=1, steps=3, finish_steps=3, guidance=Guide()),
+        2 + 6 + 2 + 3,
+        2 + 3,
+        (2 + 6 + 1) + 2 + 3,
+    ),
+    # The same without the network, guided at the second level and the first finishing step.
+    (
+        RBF(
+            n_proposals=6,
+            n_init=2,
+            n_chains=2,
+            steps=3,
+            finish_steps=3,
+            guidance=Guide(rho=0.0, mu=0.1, n_iter=3, start=0.2, stop=0.6),
+        ),
+        2 * (2 + 6 + 2),
+        0,
+        2 * ((2 + 6 + 1) + 3 * 2),
+    ),
+    # Nothing is searched after the only level, and its estimate is delivered.
+    (
+        RBF(n_proposals=3, n_init=2, n_chains=1, steps=2, finish="none", guidance=Guide()),
+        2 + 3 + 1,
+        1,
+        2 + 3 + 1 + 1,
+    ),
     (
         Evo(n_particles=2, schedule=(0.5,), elites=1, guidance=Guide(start=0.5, recurrence=2)),
         2 * (3 + 6) + 2 * 6,
@@ -181,7 +211,10 @@ def test_costs_by_hand(method, rows: int, backward: int, calls: int) -> None:
 
 
 def test_budgets_pay_for_gradients_too() -> None:
-    for method in (EPF(), SVDD(), CoDe(), ParticleGibbs(), RandomSearch(), Evo(elites=0)):
+    for method in (
+        *(EPF(), SVDD(), CoDe(), ParticleGibbs(), RandomSearch(), Evo(elites=0)),
+        *(DTS(), DTSStar(), RBF(n_init=2, steps=4, finish_steps=2)),
+    ):
         ledger = steer(
             plane(), BOWL, replace(method, guidance=Guide(rho=0.0, mu=0.01)), nfe=400
         ).ledger
@@ -210,6 +243,8 @@ SEARCHES = (
     Reflect(rounds=2, n=2),
     Auto(n=4, pilot=2),
     CoDe(n_particles=1, n_branches=3, reward_scale=1.0),
+    DTSStar(trajectories=4, width=2),
+    RBF(n_proposals=6, n_init=1, n_chains=1, steps=4, finish_steps=4),
 )
 
 
@@ -236,6 +271,7 @@ def test_samples_of_a_guided_search_are_those_of_guidance() -> None:
         RandomSearch(n=5, pool=5, eta=0.5, guidance=guide),
         BestOfN(n=5, eta=0.5, guidance=guide, **scale),
         SearchOverPaths(n_particles=5, n_neighbours=1, seed_level=1.0, eta=0.5, guidance=guide),
+        DTSStar(trajectories=5, branch_levels=(), width=2, eta=0.5, guidance=guide, **scale),
     ):
         torch.testing.assert_close(steer(plane(), BOWL, method).samples[0], best)
 
@@ -269,6 +305,8 @@ def test_rounds_smooth_with_noise_of_their_own() -> None:
         ("flux", "particle_gibbs"),
         ("sd", "parallel_tempering"),
         ("flux", "zero_order"),
+        ("sd", "dts"),
+        ("flux", "rbf"),
     ],
 )
 def test_real_pipelines(pipeline: str, name: str) -> None:
@@ -317,6 +355,9 @@ def test_a_method_of_the_users_own_does_not_swallow_guidance() -> None:
         (lambda: SVDD(guidance="freedom"), "recurrence=1"),
         (lambda: CoDe(guidance="freedom"), "recurrence=1"),
         (lambda: EPF(guidance={"recurrence": 2}), "recurrence=1"),
+        (lambda: DTS(guidance="freedom"), "recurrence=1"),
+        (lambda: DTS(guidance="dps", eta=0.0, branch_levels=()), "deterministic"),
+        (lambda: RBF(guidance="freedom"), "recurrence=1"),
         (lambda: ParticleGibbs(guidance="ugd"), "recurrence=1"),
         (lambda: EPF(guidance="dps", n_particles=1, eta=0.0), "deterministic"),
         (lambda: CoDe(guidance="dps", n_branches=1, eta=0.0), "deterministic"),
