@@ -20,8 +20,9 @@ are differentiated cost about three of the others in time: compare the seconds t
 run's share of all calls on {threads} CPU thread{t}, all prompts together, less what other jobs on
 the machine took.
 
-Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world. Where
-a budget does not pay for the defaults, smaller settings that it pays for stand behind the name.
+Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world.
+Where a budget does not pay for the defaults, smaller settings stand behind the name. `best_of_n_eta1`
+is best-of-N with the noise that particle methods add on the way: what is gained without steering.
 
 ![reward and verdict against rows and seconds]({plot})
 """
