@@ -11,6 +11,10 @@ RECIPES = f"{HOST}test_recipes_from_anywhere_reach_no_further_than_the_form"
 OWN = f"{HOST}test_sessions_that_share_the_engine_get_their_own_results"
 CANCEL = f"{HOST}test_cancel_stops_a_sessions_own_runs_at_their_best_so_far"
 LEAVE = f"{HOST}test_who_leaves_takes_runs_and_files_along"
+BUTTONS = f"{HOST}test_start_comes_back_however_a_run_ends"
+MIDRUN = f"{HOST}test_a_press_in_mid_run_starts_nothing_and_a_form_drawn_anew_waits"
+BROWSER = "tests/test_demo_browser.py::"
+RETURN = f"{BROWSER}test_replay_and_score_come_back_after_an_end_and_an_error"
 FULL = f"{HOST}test_a_full_queue_and_a_greedy_session_are_told_so"
 
 MUTANTS = (
@@ -223,5 +227,62 @@ MUTANTS = (
         'return self.kind in ("whole", "number") and self.optional',
         "return False",
         (f"{HOST}test_numbers_that_may_be_left_out_are_written_as_text",),
+    ),
+    Mutant(
+        "demo: Steer never comes back",
+        "apps/demo_buttons.py",
+        "        yield self.states(busy=False)\n",
+        "        yield self.states(busy=True)\n",
+        (BUTTONS,),
+    ),
+    Mutant(
+        "demo: Steer stays out of use after an error",
+        "apps/demo_buttons.py",
+        "            yield {status: views.message(refusal(error), wrong=True)}\n",
+        "            yield {status: views.message(refusal(error), wrong=True)}\n"
+        "            return\n",
+        (BUTTONS,),
+    ),
+    Mutant(
+        "demo: a press in mid-run starts another",
+        "apps/demo_buttons.py",
+        "        if session in self.going:",
+        "        if not session:",
+        (MIDRUN,),
+    ),
+    Mutant(
+        "demo: the second press of a session is the last",
+        "apps/demo_buttons.py",
+        "self.going.discard(session)",
+        "self.going.add(session)",
+        (BUTTONS,),
+    ),
+    Mutant(
+        "demo: a form drawn anew gives Steer back in mid-run",
+        "apps/demo_buttons.py",
+        "while session_of(request) in self.going:",
+        "while session_of(request) is None:",
+        (MIDRUN,),
+    ),
+    Mutant(
+        "demo: the other tabs' buttons never come back",
+        "apps/demo_buttons.py",
+        "event.then(None, None, self.listed(), js=self._script(busy=False), **_QUIET)",
+        "pass",
+        (RETURN,),
+    ),
+    Mutant(
+        "demo: an error keeps the other tabs' buttons",
+        "apps/demo_buttons.py",
+        "event.failure(None, None, self.listed(), js=self._script(busy=False), **_QUIET)",
+        "pass",
+        (RETURN,),
+    ),
+    Mutant(
+        "demo: the best of a stopped comparison is unsteered",
+        "apps/demo_page.py",
+        'if name == "best_of_n" and whole:',
+        'if name == "best_of_n":',
+        (f"{BROWSER}test_compare_comes_back_after_a_cancel_and_wrong_input",),
     ),
 )

@@ -318,8 +318,8 @@ def test_steer_cannot_be_pressed_until_its_run_and_the_comparison_are_over(visit
 def test_compare_comes_back_after_a_cancel_and_wrong_input(visitor):
     visitor.tab("Compare")
     visitor.tick("gated")
-    visitor.number("Budget of each", 64)
-    visitor.number("Steps", 4)
+    visitor.number("Budget of each", 640)
+    visitor.number("Steps", 8)
     with held() as gate:
         visitor.at("#compare").click()
         visitor.busy("#compare", "Comparing ...", "#compare-cancel")
@@ -329,7 +329,7 @@ def test_compare_comes_back_after_a_cancel_and_wrong_input(visitor):
         visitor.at("#compare-cancel").click()
         visitor.page.wait_for_timeout(300)  # the click is on its way
         gate.open()
-    visitor.says("Stopped", "#compare-status")
+    expect(visitor.at("#compare-status").get_by_text("Stopped")).to_have_count(2)
     visitor.ready("#compare", "Compare", "#compare-cancel")
     visitor.says("(stopped: best so far)", "#compare-result")
     expect(visitor.at("#compare-result")).not_to_contain_text("Unsteered")

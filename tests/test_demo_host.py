@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
 import struct
 import zlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 
 pytest.importorskip("gradio")
 
+import gradio as gr
+
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
+from steering.apps.demo_buttons import buttons
 from steering.apps.demo_forms import option_fields, read_options
 from steering.apps.demo_order import Busy, Limits
 from steering.errors import OptionError, RecipeError, SteeringError
@@ -393,3 +398,66 @@ def test_a_model_folder_that_vanishes_is_a_message_and_a_log_line(tmp_path, capl
         assert "run 1 of ann" in caplog.text
         assert ended(host.submit("ann", order(host))).state == "finished"
         hidden.rename(folder)
+
+
+# --- buttons ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(None, ""), (OptionError("too many"), "too many"), (KeyError("x"), "inside the server")],
+)
+def test_start_comes_back_however_a_run_ends(error, words):
+    with gr.Blocks():
+        pressed = buttons("Steer", "Steering ...", "steer", cancels="cancel")
+        status = gr.HTML()
+
+    async def work():
+        yield {status: "on its way"}
+        if error is not None:
+            raise error
+
+    async def shown():
+        return [update async for update in pressed.during("ann", work(), status)]
+
+    def seen(update):
+        return [(update[b].value, update[b].interactive) for b in pressed.listed()]
+
+    for _ in range(2):  # the second press counts like the first
+        first, running, *told, last = asyncio.run(shown())
+        assert seen(first)[0] == ("Steering ...", False)
+        assert seen(first)[1][1] is True
+        assert running == {status: "on its way"}
+        assert len(told) == (error is not None)
+        assert all(words in update[status] for update in told)
+        assert seen(last)[0] == ("Steer", True)
+        assert seen(last)[1][1] is False
+
+
+def test_a_press_in_mid_run_starts_nothing_and_a_form_drawn_anew_waits():
+    with gr.Blocks():
+        pressed = buttons("Steer", "Steering ...", "steer", cancels="cancel")
+        status = gr.HTML()
+    begun = []
+
+    async def work(name):
+        begun.append(name)
+        yield {status: name}
+
+    async def story():
+        run = pressed.during("ann", work("first"), status)
+        await anext(run)
+        await anext(run)
+        second = [u async for u in pressed.during("ann", work("second"), status)]
+        assert [list(update) for update in second] == [[status]]  # no button is touched
+        others = [u async for u in pressed.during("bob", work("bob"), status)]
+        assert len(others) == 3
+        ready = asyncio.ensure_future(pressed.ready(SimpleNamespace(session_hash="ann")))
+        await asyncio.sleep(0.5)
+        assert not ready.done()
+        assert len([u async for u in run]) == 1
+        start, cancel = await asyncio.wait_for(ready, 10)
+        assert (start.interactive, cancel.interactive) == (True, False)
+
+    asyncio.run(story())
+    assert begun == ["first", "bob"]
