@@ -11,6 +11,16 @@ _SWEEPS = f"{_LAWS}::test_guided_sweeps_keep_the_tilted_law_of_paths"
 _CHAINS = f"{_LAWS}::test_every_guided_chain_keeps_its_own_law"
 _LEDGER = f"{_METHODS}::test_the_ledger_agrees_with_the_forecast"
 _SAME = f"{_METHODS}::test_samples_of_a_guided_search_are_those_of_guidance"
+_SEARCHES = "tests/test_guided_searches.py"
+_RATIOS = f"{_SEARCHES}::test_ratios_of_a_tree_by_hand"
+_FULL = f"{_SEARCHES}::test_a_guided_tree_of_fixed_width_is_unbiased[plane]"
+_COUNTS = f"{_SEARCHES}::test_children_count_as_often_as_their_ratios_say"
+_ALONE = f"{_SEARCHES}::test_one_proposal_a_level_is_a_guided_walk"
+_SHARED = f"{_SEARCHES}::test_proposals_from_a_state_share_one_gradient_whatever_their_batch"
+_HAND = f"{_METHODS}::test_costs_by_hand"
+TREE, ROLLOUT, SEARCH, RBF = (
+    f"samplers/{name}.py" for name in ("tree", "tree_rollout", "tree_search", "rbf")
+)
 GIBBS, CHAINS, GUIDES = (
     f"samplers/{name}.py" for name in ("particle_gibbs", "parallel_tempering", "guides")
 )
@@ -148,6 +158,104 @@ MUTANTS = (
         "guided = lead.guide.guided_steps(ctx.grid) if lead is not None else ()",
         "guided = ()",
         (_SAME,),
+    ),
+    Mutant(
+        "guided: dts forgets the densities",
+        ROLLOUT,
+        "r.ratios[-1] += more",
+        "r.ratios[-1] += 0.0 * more",
+        (_FULL, _RATIOS),
+    ),
+    Mutant(
+        "guided: the ratio of a tree's edge counts those above it",
+        ROLLOUT,
+        "r.ratios.append(0.0)",
+        "r.ratios.append(r.ratios[-1])",
+        (_FULL, _RATIOS),
+    ),
+    Mutant(
+        "guided: values of a tree forget the densities",
+        TREE,
+        "combine(values, self.backup, ratios)",
+        "combine(values, self.backup)",
+        (_FULL, _COUNTS),
+    ),
+    Mutant(
+        "guided: descents of a tree forget the densities",
+        TREE,
+        "return [self.value[c] + self._counts(c) for c in self.children[node]]",
+        "return [self.value[c] for c in self.children[node]]",
+        (_COUNTS,),
+    ),
+    Mutant(
+        "guided: the last step of a weighed tree is led",
+        ROLLOUT,
+        "guided_steps(ctx.grid, weighed=weighed)",
+        "guided_steps(ctx.grid)",
+        (f"{_SEARCHES}::test_without_branching_a_guided_tree_is_guided_best_of_n",),
+    ),
+    Mutant(
+        "guided: a tree is read back without its ratios",
+        TREE,
+        'tensors["ratio"] = torch.tensor(self.ratio, dtype=torch.float64)',
+        "pass",
+        (f"{_SEARCHES}::test_ratios_are_kept_and_gone_on_with",),
+    ),
+    Mutant(
+        "guided: a tree whose densities nobody kept is taken",
+        SEARCH,
+        "if self.weighed and any(map(math.isnan, tree.ratio)):",
+        "if False:",
+        (f"{_SEARCHES}::test_a_tree_whose_densities_nobody_kept_is_refused_where_they_count",),
+    ),
+    Mutant(
+        "guided: gradients of a tree are not in its budget",
+        SEARCH,
+        "1 + sum(calls[start:])",
+        "1",
+        (f"{_SEARCHES}::test_reward_calls_pay_for_gradients_of_a_tree",),
+    ),
+    Mutant(
+        "guided: rbf looks again for every proposal",
+        RBF,
+        "c.seen is None and c.level in guided",
+        "c.level in guided",
+        (_HAND, _SHARED),
+    ),
+    Mutant(
+        "guided: rbf goes on with the gradient of the state before",
+        "samplers/rbf_chain.py",
+        "self.first = self.best = self.seen = None",
+        "self.first = self.best = None",
+        (_ALONE, f"{_SEARCHES}::test_chains_lean_by_gradients_of_their_own"),
+    ),
+    Mutant(
+        "guided: chains of rbf lean by the gradient of the first",
+        RBF,
+        "seen.rows(slice(i, i + 1))",
+        "seen.rows(slice(0, 1))",
+        (_ALONE,),
+    ),
+    Mutant(
+        "guided: proposals of rbf do not lean",
+        RBF,
+        "return draw(ctx, base, shift, k, chain.stream, slots)[0]",
+        "return draw(ctx, base, None, k, chain.stream, slots)[0]",
+        (_ALONE,),
+    ),
+    Mutant(
+        "guided: rbf finishes unguided",
+        RBF,
+        "lead=self.lead(ctx),",
+        "lead=None,",
+        (_HAND, _ALONE),
+    ),
+    Mutant(
+        "guided: what the finish asks again is not in the forecast",
+        RBF,
+        "(2 if self.finish",
+        "(1 if self.finish",
+        (_HAND,),
     ),
     Mutant(
         "guided: a method of the user's own swallows the option",

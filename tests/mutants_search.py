@@ -37,8 +37,8 @@ MUTANTS = (
     Mutant(
         "rbf: best of a level carried to the next",
         "samplers/rbf_chain.py",
-        "        self.first = self.best = None\n",
-        "        self.first = None\n",
+        "self.first = self.best = self.seen = None",
+        "self.first = self.seen = None",
         (f"{MOVES}[global-best]",),
     ),
     Mutant(

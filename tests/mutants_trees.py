@@ -13,8 +13,8 @@ MUTANTS = (
     Mutant(
         "tree: backup sums instead of averaging",
         "samplers/tree.py",
-        "return logsumexp(values) - math.log(len(values))",
-        "return logsumexp(values)",
+        "return logsumexp(worth) - math.log(len(values))",
+        "return logsumexp(worth)",
         (f"{TREE}::test_values_by_hand",),
     ),
     Mutant(
@@ -41,8 +41,8 @@ MUTANTS = (
     Mutant(
         "tree: weights without the number of siblings",
         "samplers/tree.py",
-        "reach[node] + self.value[c] - total",
-        "reach[node] + self.value[c]",
+        "reach[node] + own - total",
+        "reach[node] + own",
         (f"{TREE}::test_weights_are_those_of_importance_sampling",),
     ),
     Mutant(
@@ -62,8 +62,8 @@ MUTANTS = (
     Mutant(
         "tree: visits not read back",
         "samplers/tree.py",
-        "self._add(parent, next(x).clone(), visits[node])",
-        "self._add(parent, next(x).clone(), 1)",
+        "self._add(parent, next(x).clone(), visits[node], ratios[node])",
+        "self._add(parent, next(x).clone(), 1, ratios[node])",
         (f"{TREE}::test_what_is_saved_comes_back",),
     ),
     Mutant(
@@ -96,30 +96,30 @@ MUTANTS = (
     ),
     Mutant(
         "dts: noise of a rollout used again",
-        "samplers/tree_search.py",
-        "slots = [first + j for j in order[:walking]]",
-        "slots = [j for j in order[:walking]]",
+        "samplers/tree_rollout.py",
+        "slots = [r.slot for r in walking]",
+        "slots = list(range(len(walking)))",
         (f"{DTS}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
         "dts: noise by position in the round",
-        "samplers/tree_search.py",
-        'ctx.key("init").at(slot=slot)',
-        'ctx.key("init").at(slot=slot % self.width)',
+        "samplers/tree_rollout.py",
+        'ctx.key("init").at(slot=rollout.slot)',
+        'ctx.key("init").at(slot=rollout.slot % 2)',
         (f"{DTS}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
         "dts: finished rollouts in the order of their starts",
-        "samplers/tree_search.py",
-        "x = x[torch.tensor(order).argsort().to(x.device)]",
-        "x = x + 0",
+        "samplers/tree_rollout.py",
+        "    return rollouts\n",
+        "    return walking\n",
         (f"{DTS}::test_every_state_hangs_on_the_state_it_came_from",),
     ),
     Mutant(
         "dts: states kept one step late",
-        "samplers/tree_search.py",
-        "if i in levels and i > tree.place(parents[j]):",
-        "if i - 1 in levels and i - 1 > tree.place(parents[j]):",
+        "samplers/tree_rollout.py",
+        "if i in levels and i > r.place:",
+        "if i - 1 in levels and i - 1 > r.place:",
         (f"{DTS}::test_states_of_the_tree_are_those_of_the_walks",),
     ),
     Mutant(
@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "dts: a rollout more than the budget pays",
         "samplers/tree_search.py",
-        "prices[tree.depth[node]] <= nfe",
-        "prices[tree.depth[node]] <= nfe + prices[0]",
+        "left.covers(prices[tree.depth[node]])",
+        "left.covers(prices[-1])",
         (f"{DTS}::test_budgets_are_spent_to_the_last_rollout",),
     ),
     Mutant(
