@@ -55,10 +55,14 @@ def _give(network: Any, backend: str) -> None:
     if plain is not None:  # an earlier choice of ours
         network.forward = plain
         del network._plain_forward
+    if getattr(network, "_has_xformers", False):
+        network.disable_xformers_memory_efficient_attention()
+        del network._has_xformers
     if backend == "native":
         return
     if backend == "xformers":
         network.enable_xformers_memory_efficient_attention()
+        network._has_xformers = True
         return
     network._plain_forward = network.forward
     network.forward = within(backend, network.forward)

@@ -158,7 +158,7 @@ def as_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
 
 def _fast_bfloat16(device: str) -> bool:
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # Without matrix tiles (AMX) bfloat16 is emulated by vector code and slower than float32.
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(tiles and tiles())

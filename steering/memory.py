@@ -298,14 +298,19 @@ def _calls(
 
 def _measured(call: Callable[[int], object], n: int) -> tuple[int, float]:
     """(most bytes alive at once, seconds) of a call; the seconds without anyone watching."""
+    _wait()  # for what was asked before
     started = time.perf_counter()
     call(n)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait()
     seconds = time.perf_counter() - started
     with Watch() as watch:
         call(n)
     return watch.peak, seconds
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _size(count: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import steering
+from steering.attention import _give as give
 from steering.attention import head_shapes, use_attention
 from steering.errors import OptionError
 from steering.kernels import attention
@@ -116,3 +117,26 @@ def test_a_pipeline_keeps_its_pictures_and_its_network_sees_the_choice(caplog):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     use_attention(pipe, "native")
     assert not hasattr(pipe.transformer, "_plain_forward")
+
+
+def test_a_later_choice_takes_xformers_out_again():
+    """Its processors would go on serving under another backend's name."""
+
+    class Network(torch.nn.Module):
+        served = "default"
+
+        def enable_xformers_memory_efficient_attention(self):
+            self.served = "xformers"
+
+        def disable_xformers_memory_efficient_attention(self):
+            self.served = "default"
+
+    network = Network()
+    network.served = "adapter"  # a processor of the user's own, which native attention keeps
+    give(network, "native")
+    assert network.served == "adapter"
+    for backend in ("native", "flash"):
+        give(network, "xformers")
+        assert network.served == "xformers"
+        give(network, backend)
+        assert network.served == "default"
