@@ -10,6 +10,7 @@ DECODE = "tests/test_geneval_detectors.py::"
 RUN = "tests/test_geneval_run.py::"
 REPORT = "tests/test_geneval_report.py::"
 RAY = "tests/test_geneval_ray.py::"
+DEATH = f"{RAY}test_a_death_counts_as_a_try_of_what_had_not_been_handed_back"
 FIRST = "tests/test_geneval_first.py::"
 SCORE = "tests/test_geneval_score.py::"
 EXTRA = "tests/test_geneval_metadata.py::"
@@ -344,5 +345,19 @@ MUTANTS = (
         'os.environ.setdefault("RAY_worker_niceness", "0")',
         "pass",
         (f"{COMMAND}test_the_command_runs_on_workers_of_its_own",),
+    ),
+    Mutant(
+        "ray: a worker's death is no try",
+        "apps/cluster.py",
+        'yield from (Made(job=j, error=f"worker died: {words}") for j in left.values())',
+        "queue.append(list(left.values()))",
+        (DEATH,),
+    ),
+    Mutant(
+        "ray: what was handed back is lost with its worker",
+        "apps/cluster.py",
+        "                del left[made.job.key]\n",
+        "",
+        (DEATH,),
     ),
 )

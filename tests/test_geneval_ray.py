@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from steering.apps.cluster import Cluster, _chunks, shares
 from steering.apps.geneval_folder import look
 from steering.apps.geneval_run import Settings, Worker, make, run_json
 from steering.apps.geneval_score import score_folder
-from steering.apps.geneval_store import Job, Journal, Store
+from steering.apps.geneval_store import Job, Journal, Made, Store
 from steering.errors import OptionError, SteeringError
 from steering.rewards.geneval_colors import Scorer, StickerColors
 from steering.rewards.geneval_detectors import Stickers
@@ -83,30 +86,99 @@ def test_workers_fit_on_the_nodes_or_are_refused(nodes, device, workers, found):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """(folder of the local engine, folder of two Ray workers of which some are killed, pids)."""
+def cluster_here(tmp_path_factory):
+    """A Ray of two CPUs; a folder that its workers import from."""
     ray = pytest.importorskip("ray")
     base = tmp_path_factory.mktemp("ray")
     (base / "guides_deadly.py").write_text(GUIDE)
     sys.path.insert(0, str(base))
     try:
-        local = Worker(SETTINGS)
-        with Store(base / "local", _recipe(local.describe()), RECORDS) as store:
-            make(store, local.samples, show=False)
         os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine starves them
         env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{base}", "STEERING_TEST_WORKER": "1"}
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False,
             object_store_memory=100_000_000, runtime_env={"env_vars": env},
         )  # fmt: skip
-        with Cluster(SETTINGS, workers=2) as cluster:
-            opened = cluster.describe()
-            with Store(base / "ray", _recipe(opened), RECORDS) as store:
-                make(store, cluster.samples, show=False)
-        yield base / "local", base / "ray", cluster.pids
+        yield base
     finally:
         sys.path.remove(str(base))
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def runs(cluster_here):
+    """(folder of the local engine, folder of two Ray workers of which some are killed, pids)."""
+    base = cluster_here
+    local = Worker(SETTINGS)
+    with Store(base / "local", _recipe(local.describe()), RECORDS) as store:
+        make(store, local.samples, show=False)
+    with Cluster(SETTINGS, workers=2) as cluster:
+        opened = cluster.describe()
+        with Store(base / "ray", _recipe(opened), RECORDS) as store:
+            make(store, cluster.samples, show=False)
+    return base / "local", base / "ray", cluster.pids
+
+
+def poisoned(arrived: Path, deadly: int) -> type:
+    """An actor that one prompt kills, once what it had made before has arrived."""
+
+    class Poisoned:
+        def __init__(self, settings, threads) -> None:
+            pass
+
+        def pid(self) -> int:
+            return os.getpid()
+
+        def samples(self, jobs):
+            for k, job in enumerate(jobs):
+                if job.prompt == deadly:
+                    end = time.monotonic() + 60
+                    while k and not arrived.exists() and time.monotonic() < end:
+                        time.sleep(0.01)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield Made(job=job, png=b"made")
+
+    return Poisoned
+
+
+class Bounded(Cluster):
+    """Gives up where workers are replaced without end."""
+
+    spawned = 0
+
+    def _spawn(self):
+        self.spawned += 1
+        assert self.spawned <= 4, "a fifth worker"
+        return super()._spawn()
+
+
+def test_a_death_counts_as_a_try_of_what_had_not_been_handed_back(
+    cluster_here, tmp_path, monkeypatch
+):
+    deadly, before = 3, 2  # made in one go: eight prompts are parted into pairs
+    monkeypatch.setattr(clusters, "Actor", poisoned(tmp_path / "arrived", deadly))
+    recipe = _recipe({"model": {"fingerprint": "none"}, "call": {}})
+    rounds: list[list[Made]] = []
+    with (
+        Bounded(SimpleNamespace(device=None), workers=1) as cluster,
+        Store(tmp_path / "run", recipe, RECORDS) as store,
+    ):
+
+        def told(jobs):
+            rounds.append([])
+            for made in cluster.samples(jobs):
+                rounds[-1].append(made)
+                if made.job.prompt == before:
+                    (tmp_path / "arrived").touch()
+                yield made
+
+        make(store, told, show=False)
+        lost = store.quarantined()
+    first, *again = [[(m.job.prompt, bool(m.error)) for m in found] for found in rounds]
+    assert sorted(first) == [(i, i == deadly) for i in range(len(RECORDS))]  # one answer each
+    assert again == [[(deadly, True)]]
+    assert set(lost) == {(deadly, 0)}
+    assert cluster.spawned == 3  # one, and one for each try
 
 
 def _recipe(opened: dict) -> dict:
