@@ -21,11 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import steering
 from benchmarks.meters import spread
+from steering.loading import call_defaults
 from steering.stickers.prompts import prompts as sticker_prompts
 
 CLIENTS, RUNS, NFE, PARTICLES = 8, 5, 160, 4
@@ -57,7 +57,7 @@ def measure(clients: int, runs: int, nfe: int) -> dict:
         "clients": clients, "runs": runs, "nfe": nfe, "page": page,
         "seconds": {"one after another": apart, "together": at_once},
         "ratio": apart / at_once,
-        "network": widening(2 * PARTICLES, 2 * PARTICLES * clients),
+        "network": widening(list(jobs), PARTICLES),
         "memory": {"before": before, "after": after, "growth": after / before - 1},
         **compared(alone, shared, jobs),
     }  # fmt: skip
@@ -167,33 +167,30 @@ def pixels(found: dict) -> np.ndarray:
 # --- the network and the page -------------------------------------------------------------------
 
 
-@torch.no_grad()
-def widening(narrow: int, wide: int) -> dict:
-    """Rows a second of the network alone at both widths, in turn, and their ratio."""
-    pipe = steering.load("stickers")
-    network, shape = pipe.transformer, pipe.transformer.config
-    generator = torch.Generator().manual_seed(0)
+def widening(texts: list[str], particles: int) -> dict:
+    """Network rows a second of guided predictions, in turn, and their ratio.
 
-    def call(n: int) -> None:
-        def draw(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator).to(network.dtype)
-
-        network(
-            hidden_states=draw(n, shape.in_channels, shape.sample_size, shape.sample_size),
-            timestep=torch.full((n,), 500.0),
-            encoder_hidden_states=draw(n, 91, shape.joint_attention_dim),
-            pooled_projections=draw(n, shape.pooled_projection_dim),
-        )
-
-    rates: dict[int, list[float]] = {narrow: [], wide: []}
-    for repeat in range(LOOKS + 1):
-        for n in rates:
-            calls = wide // n
-            seconds = timed(lambda n=n, calls=calls: [call(n) for _ in range(calls)])[1]
-            if repeat:
-                rates[n].append(n * calls / seconds)
-    ratios = [b / a for a, b in zip(rates[narrow], rates[wide], strict=True)]
-    return {"ratio": spread(ratios), "rows": {str(n): spread(r) for n, r in rates.items()}}
+    Of each text's particles alone, and of all texts' in one call, called as the demo calls them.
+    """
+    conds = [c for c in range(len(texts)) for _ in range(particles)]
+    pipe, call = steering.load("stickers"), call_defaults("stickers")
+    rates: dict[str, list[float]] = {}
+    with steering.wrap(pipe, name="stickers", prompt=texts, **call) as model:
+        x, middle = model.noise(len(conds), steering.NoiseKey(0)), len(model.grid().times) // 2
+        t = model.grid().times[middle]
+        own = [[k for k, c in enumerate(conds) if c == cond] for cond in range(len(texts))]
+        for repeat in range(LOOKS + 1):
+            for parts in (own, [list(range(len(conds)))]):
+                before = model.rows
+                seconds = timed(lambda parts=parts: [
+                    model.predict(x[rows], t, cond=[conds[r] for r in rows]) for rows in parts
+                ])[1]  # fmt: skip
+                spent = model.rows - before
+                if repeat:
+                    rates.setdefault(str(spent // len(parts)), []).append(spent / seconds)
+    narrow, wide = rates.values()
+    ratios = [b / a for a, b in zip(narrow, wide, strict=True)]
+    return {"ratio": spread(ratios), "rows": {n: spread(r) for n, r in rates.items()}}
 
 
 def browse(address: str) -> dict | None:

@@ -4,7 +4,8 @@ python -m benchmarks.geneval full|ceiling|kills|throughput|ray [--model M] [--nf
                              [--prompts P] [--images K] [--out DIR] [--workers W]
                              [--set key=value ...]
 
-full        unsteered (all rows in one sample's steps), best-of-N and FK at equal network rows
+full        unsteered (all rows in one sample's steps), best-of-N and FK at equal network rows;
+            a run that was begun by an earlier call is resumed, and its seconds are null
 ceiling     rendered scenes instead of generated ones: what the judge itself gets wrong
 kills       a run killed at 20 random moments and resumed, against an undisturbed one
 throughput  prompts together against one at a time, best-of-1 and best-of-8
@@ -60,16 +61,20 @@ def full(given) -> dict:
         "best_of_n": ("best_of_n", given.steps, ["--nfe", str(given.nfe)]),
         "fk": ("fk", given.steps, ["--nfe", str(given.nfe)]),
     }
-    seconds = {}
+    seconds: dict[str, float | None] = {}
     for name, (method, steps, more) in runs.items():
+        resumed = (given.out / name / "samples.jsonl").is_file()
         started = time.perf_counter()
         subprocess.run(command(given, name, method, steps, *more), check=True)
-        seconds[name] = time.perf_counter() - started
+        # of a resumed run only the last part was timed
+        seconds[name] = None if resumed else time.perf_counter() - started
     scored = [open_scored(given.out / name) for name in runs]
     cards = {s.name: write_card(s)[1] for s in scored}
     page = write_page([(s, cards[s.name]) for s in scored], given.out / "index.html")
     return {
-        "nfe": given.nfe, "rows_per_sample": rows, "seconds": seconds, "page": str(page),
+        "nfe": given.nfe, "rows_per_sample": rows, "seconds": seconds,
+        "resumed": [name for name, spent in seconds.items() if spent is None],
+        "page": str(page),
         "scores": {name: c["scores"] for name, c in cards.items()},
         "against_unsteered": {s.name: paired(scored[0], s) for s in scored[1:]},
     }  # fmt: skip
