@@ -21,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import steering
-from benchmarks.meters import spread
+from benchmarks.meters import one_thread, spread
 from steering.loading import call_defaults
 from steering.stickers.prompts import prompts as sticker_prompts
 
@@ -171,26 +172,41 @@ def widening(texts: list[str], particles: int) -> dict:
     """Network rows a second of guided predictions, in turn, and their ratio.
 
     Of each text's particles alone, and of all texts' in one call, called as the demo calls them.
+    One thread's CPU time, which other programs disturb little; on a GPU wall time.
     """
     conds = [c for c in range(len(texts)) for _ in range(particles)]
     pipe, call = steering.load("stickers"), call_defaults("stickers")
     rates: dict[str, list[float]] = {}
-    with steering.wrap(pipe, name="stickers", prompt=texts, **call) as model:
+    with one_thread(), steering.wrap(pipe, name="stickers", prompt=texts, **call) as model:
+        now = clock(model.device)
         x, middle = model.noise(len(conds), steering.NoiseKey(0)), len(model.grid().times) // 2
         t = model.grid().times[middle]
         own = [[k for k, c in enumerate(conds) if c == cond] for cond in range(len(texts))]
         for repeat in range(LOOKS + 1):
             for parts in (own, [list(range(len(conds)))]):
                 before = model.rows
-                seconds = timed(lambda parts=parts: [
-                    model.predict(x[rows], t, cond=[conds[r] for r in rows]) for rows in parts
-                ])[1]  # fmt: skip
+                started = now()
+                for rows in parts:
+                    model.predict(x[rows], t, cond=[conds[r] for r in rows])
+                seconds = now() - started
                 spent = model.rows - before
                 if repeat:
                     rates.setdefault(str(spent // len(parts)), []).append(spent / seconds)
     narrow, wide = rates.values()
     ratios = [b / a for a, b in zip(narrow, wide, strict=True)]
     return {"ratio": spread(ratios), "rows": {n: spread(r) for n, r in rates.items()}}
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds until all that was asked of a device is done."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 def browse(address: str) -> dict | None:
@@ -229,7 +245,7 @@ def table(found: dict) -> str:
         f"{len(found['errors'])} errors, {found['mixed']} mixed results",
         *found["errors"][:1],
         f"ratio {found['ratio']:.2f} (bar: 2x); {rates}",
-        "the network alone, rows/s: "
+        "guided predictions alone, network rows/s: "
         + ", ".join(f"{v['median']:.0f} at {n} rows" for n, v in network["rows"].items())
         + f", ratio {network['ratio']['median']:.2f} "
         f"({network['ratio']['min']:.2f} to {network['ratio']['max']:.2f})",
