@@ -169,13 +169,21 @@ def report(
 ) -> None:
     """Print a table, write card.json into each folder, and with --html a comparison page."""
     from steering.apps.geneval_page import write_page
-    from steering.apps.geneval_report import open_scored, tabulate, warnings, write_card
+    from steering.apps.geneval_report import (
+        open_scored,
+        overlaps,
+        tabulate,
+        warnings,
+        write_card,
+    )
 
     runs = [(scored, write_card(scored)[1]) for scored in map(open_scored, folders)]
     console.print(tabulate([(scored.name, found) for scored, found in runs]))
     for scored, found in runs:
         for word in warnings(found):
             console.print(f"{scored.name}: {word}", markup=False)
+    for word in overlaps([scored for scored, _ in runs]):
+        console.print(word, markup=False)
     if html is not None:
         console.print(f"Page: {write_page(runs, html)}")
     if as_json:

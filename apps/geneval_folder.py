@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from steering.errors import OptionError, RecipeError
-from steering.rewards.geneval import check_record, read_prompts
+from steering.rewards.geneval import check_prompted, read_prompts
 from steering.stickers.grammar import Metadata
 
 FORMAT, VERSION = "steering-geneval", 1
@@ -154,8 +154,8 @@ def check_prompts(contents: Contents, records: Sequence[Metadata]) -> None:
     Raises:
         OptionError: a folder is of another prompt, or of none of the list.
     """
-    listed = dict(enumerate(map(_asked, records)))
-    strange = [i for i, r in contents.records.items() if listed.get(i) != _asked(r)]
+    listed = dict(enumerate(map(asked, records)))
+    strange = [i for i, r in contents.records.items() if listed.get(i) != asked(r)]
     if strange:
         first = strange[0]
         there = listed[first]["prompt"] if first in listed else "no such line"
@@ -166,7 +166,7 @@ def check_prompts(contents: Contents, records: Sequence[Metadata]) -> None:
         )
 
 
-def _asked(record: Metadata) -> dict[str, Any]:
+def asked(record: Metadata) -> dict[str, Any]:
     """What a record asks for, whatever else it notes."""
     found = {name: record.get(name) for name in ("tag", "include", "exclude", "prompt")}
     return {**found, "exclude": found["exclude"] or []}
@@ -209,6 +209,42 @@ def read_run(path: Path) -> dict[str, Any]:
     return run
 
 
+def read_scoring(folder: Path) -> dict[str, Any]:
+    """A folder's scoring.json, empty where there is none.
+
+    Raises:
+        RecipeError: damaged.
+    """
+    path = folder / "scoring.json"
+    if not path.is_file():
+        return {}
+    try:
+        scoring = json.loads(path.read_text())
+        detector = scoring.get("detector") if isinstance(scoring, dict) else None
+        if not isinstance(detector, dict) or "name" not in detector:
+            raise ValueError("it names no detector")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{path}: damaged ({error}). Score the folder anew: "
+            f"steer geneval score --again {folder}"
+        ) from error
+    return scoring
+
+
+def check_verdicts(path: Path, rows: Iterable[Any]) -> None:
+    """Raises unless these lines of a results.jsonl are of this scorer.
+
+    Raises:
+        RecipeError: names the first line that is not.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.keys() >= {"prompt_index", "image", "sha256"}:
+            raise RecipeError(
+                f"{path}, line {number}: not a verdict of this scorer. Move the file away, or "
+                "let it be replaced: steer geneval score --again."
+            )
+
+
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """(rows, bytes they take); a last line that was cut off is left out."""
     if not path.is_file():
@@ -228,7 +264,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _metadata(path: Path) -> Metadata:
     try:
-        return check_record(json.loads(path.read_text()), str(path))
+        return check_prompted(json.loads(path.read_text()), f"{path}, line 1")
     except ValueError as error:
         if isinstance(error, OptionError):
             raise

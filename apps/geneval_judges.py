@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steering.apps.geneval_folder import read_scoring
 from steering.errors import OptionError, SteeringError
 from steering.recipe import package_versions
 from steering.rewards.geneval_colors import ClipColors, Scorer, open_colors
@@ -74,13 +75,20 @@ class Judges:
         """Raises where these prompts cannot be judged, or others have judged in this folder.
 
         Raises:
-            OptionError: classes that the detector does not know, another detector, held-outs.
+            OptionError: classes that the detector does not know, another detector, held-outs,
+                results of another scorer.
+            RecipeError: a damaged scoring.json.
         """
         self.scorer.check(records)
-        path, how = folder / "scoring.json", self.describe()
-        if not (path.is_file() and (folder / "results.jsonl").is_file()):
+        lines, how = folder / "results.jsonl", self.describe()
+        if not lines.is_file() or not lines.stat().st_size:
             return
-        old = json.loads(path.read_text())
+        old = read_scoring(folder)
+        if not old:  # the published scorer's file has this name too
+            raise OptionError(
+                f"{lines} is not of this scorer: no scoring.json lies beside it. Move it away, or "
+                "let it be replaced: steer geneval score --again."
+            )
         changed = [k for k in how if k != "versions" and old.get(k) != how[k]]
         if changed:
             raise OptionError(

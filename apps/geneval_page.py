@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from steering.apps.geneval_report import COSTS, Scored, cost, number, paired, percent, warnings
+from steering.apps.geneval_report import (
+    COSTS,
+    Place,
+    Scored,
+    cost,
+    number,
+    overlaps,
+    paired,
+    percent,
+    warnings,
+)
 from steering.apps.geneval_store import write
 from steering.recipe import writable_folder
 from steering.stickers.grammar import TAGS
@@ -61,6 +71,7 @@ def write_page(runs: Sequence[tuple[Scored, dict[str, Any]]], path: Path) -> Pat
 
 def _cautions(runs: Sequence[tuple[Scored, dict[str, Any]]]) -> list[str]:
     lines = [f"{s.name}: {word}" for s, found in runs for word in warnings(found)]
+    lines += overlaps([scored for scored, _ in runs])
     judges = {found["benchmark"] for _, found in runs}
     if len(judges) > 1:
         lines.append(f"the runs were scored by different judges: {', '.join(sorted(judges))}")
@@ -166,7 +177,10 @@ def _legend(runs: Sequence[tuple[Scored, dict[str, Any]]]) -> str:
 
 
 def _gallery(runs: Sequence[tuple[Scored, dict[str, Any]]], base: Path) -> str:
-    """The images of every prompt, run beside run."""
+    """The images of every prompt, run beside run.
+
+    Runs are paired by what is asked: another list of prompts has other ones at the same index.
+    """
     options = "".join(f"<option>{tag}</option>" for tag in TAGS)
     head = (
         "<h2>Images</h2><p><select id='tag' onchange='show()'><option value=''>all tags</option>"
@@ -174,22 +188,28 @@ def _gallery(runs: Sequence[tuple[Scored, dict[str, Any]]], base: Path) -> str:
         "</option><option value='differ'>where the runs differ</option><option value='wrong'>with "
         "a wrong image</option></select></p>"
     )
-    prompts = sorted({i for scored, _ in runs for i in scored.prompts})
-    return head + "".join(_prompt(i, [scored for scored, _ in runs], base) for i in prompts)
+    shown = [scored for scored, _ in runs]
+    first: dict[Place, int] = {}
+    for scored in shown:
+        first = {**scored.places, **first}
+    return head + "".join(_prompt(at, shown, base) for at in sorted(first, key=first.__getitem__))
 
 
-def _prompt(i: int, runs: Sequence[Scored], base: Path) -> str:
-    record = next(s.contents.records[i] for s in runs if i in s.images)
+def _prompt(at: Place, runs: Sequence[Scored], base: Path) -> str:
+    have = {scored: scored.places[at] for scored in runs if at in scored.places}
+    record = next(scored.contents.records[i] for scored, i in have.items())
     columns, shares = [], []
     for scored in runs:
-        rows = scored.images.get(i, [])
-        shares.append(sum(r["correct"] for r in rows) / len(rows) if rows else None)
+        rows = scored.images[have[scored]] if scored in have else []
+        if rows:
+            shares.append(sum(r["correct"] for r in rows) / len(rows))
         pictures = "".join(_picture(scored, row, base) for row in rows)
         columns.append(f"<div><small>{escape(scored.name)}</small><br>{pictures}</div>")
-    differ, wrong = len(set(shares)) > 1, any(s is not None and s < 1 for s in shares)
+    numbers = " / ".join(map(str, dict.fromkeys(have.values())))
+    differ, wrong = len(set(shares)) > 1, any(s < 1 for s in shares)
     return (
         f"<div class='prompt' data-tag='{escape(record['tag'])}' data-differ='{int(differ)}' "
-        f"data-wrong='{int(wrong)}'><b>{escape(record['prompt'])}</b> <small>{i}, "
+        f"data-wrong='{int(wrong)}'><b>{escape(record['prompt'])}</b> <small>{numbers}, "
         f"{escape(record['tag'])}</small><div class='runs'>{''.join(columns)}</div></div>"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,22 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from steering.apps.geneval_folder import Contents, image_path, look
+from steering.apps.geneval_folder import (
+    Contents,
+    asked,
+    check_verdicts,
+    digest,
+    image_path,
+    look,
+    read_scoring,
+)
 from steering.apps.geneval_judges import is_oracle
 from steering.apps.geneval_store import Journal, write
 from steering.errors import OptionError
 from steering.stickers.grammar import TAGS
 
 RESAMPLES = 4000
+Place = tuple[str, int]  # what is asked, and how many before it in the list ask the same
 CARD = "steering-geneval-card"
 COSTS = {"nfe": "network rows", "reward_calls": "reward calls", "seconds": "seconds"}
 _JUDGES = {"mask2former": "HF-M2F"}  # not mmdet's weights: near the published scores, not equal
@@ -87,6 +97,17 @@ class Scored:
         return sorted({i for i, _ in self.rows})
 
     @cached_property
+    def places(self) -> dict[Place, int]:
+        """Prompts with a verdict by what is asked, in order; lists number them differently."""
+        found, seen = {}, Counter()
+        for i, record in sorted(self.contents.records.items()):
+            words = json.dumps(asked(record), sort_keys=True)
+            if i in self.images:
+                found[words, seen[words]] = i
+            seen[words] += 1
+        return found
+
+    @cached_property
     def bootstrap(self) -> Bootstrap:
         return Bootstrap([self.contents.records[i]["tag"] for i in self.prompts])
 
@@ -116,19 +137,23 @@ def open_scored(folder: str | Path) -> Scored:
 
     Raises:
         OptionError: it has not been scored.
+        RecipeError: a damaged file in the folder, or results of another scorer.
     """
-    scored = Path(folder) / "scoring.json"
-    scoring = json.loads(scored.read_text()) if scored.is_file() else {}
+    scoring = read_scoring(Path(folder))
     contents = look(folder, prompts=scoring.get("prompts", {}).get("n", 0))
-    rows = Journal(contents.folder / "results.jsonl").rows
+    lines = contents.folder / "results.jsonl"
+    rows = Journal(lines).rows
     if not rows or not scoring:
         raise OptionError(f"{folder} has no verdicts. Run: steer geneval score {folder}")
-    current = {(s.prompt, s.image): s.line.get("sha256") for s in contents.samples}
+    check_verdicts(lines, rows)
+    current = {
+        (s.prompt, s.image): s.line.get("sha256") or digest(s.path) for s in contents.samples
+    }
     kept = {
         key: row
         for row in rows  # of two lines for an image the later one counts
         if (key := (row["prompt_index"], row["image"])) in current
-        and current[key] in (None, row["sha256"])
+        and current[key] == row["sha256"]
     }
     if not kept:
         raise OptionError(f"{folder}: the verdicts are of other images. Score it again.")
@@ -192,6 +217,11 @@ def warnings(found: dict[str, Any]) -> list[str]:
     if images["missing"] or images["not_scored"]:
         lost, rest = len(images["missing"]), images["not_scored"]
         out.append(f"{lost} images are missing and {rest} have no verdict: the shares are partial")
+    if images["stale_verdicts"]:
+        out.append(
+            f"{images['stale_verdicts']} verdicts are of images that were replaced or removed "
+            "since, and do not count: score the folder again"
+        )
     if images["quarantined"]:
         out.append(f"{len(images['quarantined'])} images were given up after two tries")
     if images["without_any_object"] > 0.5:
@@ -220,19 +250,32 @@ def paired(first: Scored, second: Scored) -> dict[str, Any]:
     Raises:
         OptionError: the runs have no prompt in common.
     """
-    a, b = first.contents.records, second.contents.records
-    common = [i for i in first.prompts if i in set(second.prompts) and a[i] == b[i]]
+    common = [place for place in first.places if place in second.places]
     if not common:
         raise OptionError(f"{first.name} and {second.name} have no prompt in common.")
-    boot = Bootstrap([a[i]["tag"] for i in common])
-
-    one, two = _tally(first, common), _tally(second, common)
+    a, b = ([run.places[place] for place in common] for run in (first, second))
+    boot = Bootstrap([first.contents.records[i]["tag"] for i in a])
+    one, two = _tally(first, a), _tally(second, b)
     return {
         "prompts": len(common),
         "macro": interval(boot.macro(*two) - boot.macro(*one)),
         "micro": interval(boot.micro(*two) - boot.micro(*one)),
         "tags": {t: interval(boot.micro(*two, t) - boot.micro(*one, t)) for t in boot.present},
     }
+
+
+def overlaps(runs: Sequence[Scored]) -> list[str]:
+    """In words, where a run and the first have not all prompts in common."""
+    out, first = [], runs[0]
+    for run in runs[1:]:
+        common = len(first.places.keys() & run.places.keys())
+        if common < max(len(first.places), len(run.places)):
+            out.append(
+                f"{first.name} and {run.name} have {common} prompts in common, of "
+                f"{len(first.places)} and {len(run.places)}: their columns are of different "
+                "prompts, their paired difference is over the common ones alone"
+            )
+    return out
 
 
 def tabulate(runs: Sequence[tuple[str, dict[str, Any]]]) -> Table:

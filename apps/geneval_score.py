@@ -23,9 +23,11 @@ from steering.apps.geneval_folder import (
     Contents,
     Sample,
     check_prompts,
+    check_verdicts,
     digest,
     look,
     prompts_hash,
+    read_scoring,
 )
 from steering.apps.geneval_judges import Embed, Judges
 from steering.apps.geneval_store import Journal, disk_error, locked, write
@@ -79,6 +81,7 @@ def score_folder(
     Raises:
         OptionError: nothing to score, classes the detector does not know, a folder that was scored
             with something else or is of other prompts, or another process at work in it.
+        RecipeError: a damaged file in the folder; ``again`` helps where it is one of the scorer's.
     """
     contents = look(folder, prompts=len(prompts or ()))
     if prompts is not None:
@@ -130,7 +133,7 @@ def _journal(
     else:
         judges.check(contents.folder, records)
     goes_on = path.is_file() and lines.is_file() and not again
-    old = json.loads(path.read_text()) if goes_on else {}
+    old = read_scoring(contents.folder) if goes_on else {}
     if prompts is not None:
         how["prompts"] = {"n": len(prompts), "sha256": prompts_hash(prompts)}
     if not goes_on:
@@ -140,7 +143,9 @@ def _journal(
             raise disk_error(lines, error) from error
     if not goes_on or old.get("prompts") != how.get("prompts", old.get("prompts")):
         write(path, json.dumps({**old, **how}, indent=1).encode())
-    return Journal(lines)
+    journal = Journal(lines)
+    check_verdicts(lines, journal.rows)
+    return journal
 
 
 def _parts(samples: Sequence[Sample], whole: bool) -> Iterator[list[Sample]]:

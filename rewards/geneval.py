@@ -19,7 +19,7 @@ from steering.stickers.rules import MARGIN, Box, Decision, Part, decide, relatio
 
 __all__ = [
     "CLASSES", "COLORS", "PUBLISHED", "TAGS", "Box", "Objects", "Part", "Rules", "Verdict",
-    "check_record", "judge", "read_prompts", "relations",
+    "check_prompted", "check_record", "judge", "read_prompts", "relations",
 ]  # fmt: skip
 
 Objects = Mapping[str, Sequence[tuple[Box, float]]]
@@ -123,6 +123,18 @@ def check_record(record: object, where: str = "record") -> Metadata:
     return record
 
 
+def check_prompted(record: object, where: str = "record") -> Metadata:
+    """The record itself, proven to be one of GenEval's and to say its prompt.
+
+    Raises:
+        OptionError: says what is wrong, and where.
+    """
+    found = check_record(record, where)
+    if not isinstance(found.get("prompt"), str) or not found["prompt"].strip():
+        raise OptionError(f"{where}: the record has no prompt.")
+    return found
+
+
 def _check_clause(clause: Any, before: int, where: str) -> None:  # noqa: ANN401
     """Raises unless this is a clause that refers only to the ``before`` ones in front of it."""
     count = clause.get("count") if isinstance(clause, dict) else None
@@ -160,13 +172,10 @@ def read_prompts(path: str | Path) -> list[Metadata]:
             continue
         where = f"{file}, line {number}"
         try:
-            record = check_record(json.loads(line), where)
+            records.append(check_prompted(json.loads(line), where))
         except json.JSONDecodeError as error:
             hint = " The file seems to be cut off." if not text.endswith("\n") else ""
             raise OptionError(f"{where}: not a JSON object ({error}).{hint}") from None
-        if not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-            raise OptionError(f"{where}: the record has no prompt.")
-        records.append(record)
     if not records:
         raise OptionError(f"{file}: the file holds no prompts.")
     return records

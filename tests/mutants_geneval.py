@@ -13,6 +13,7 @@ RAY = "tests/test_geneval_ray.py::"
 DEATH = f"{RAY}test_a_death_counts_as_a_try_of_what_had_not_been_handed_back"
 FIRST = "tests/test_geneval_first.py::"
 SCORE = "tests/test_geneval_score.py::"
+ELSEWHERE = "tests/test_geneval_elsewhere.py::"
 EXTRA = "tests/test_geneval_metadata.py::"
 COMMAND = "tests/test_geneval_ray_command.py::"
 
@@ -310,6 +311,55 @@ MUTANTS = (
         "    try:\n        path.parent.mkdir(parents=True, exist_ok=True)\n",
         "    path.parent.mkdir(parents=True, exist_ok=True)\n    try:\n",
         (f"{SCORE}test_a_place_for_an_image_that_cannot_be_made_is_the_same_error",),
+    ),
+    Mutant(
+        "geneval score: another scorer's results are thrown away",
+        "apps/geneval_judges.py",
+        "if not lines.is_file() or not lines.stat().st_size:",
+        'if not (lines.is_file() and (folder / "scoring.json").is_file()):',
+        (f"{ELSEWHERE}test_results_of_another_scorer_are_not_thrown_away",),
+    ),
+    Mutant(
+        "geneval score: any lines are verdicts",
+        "apps/geneval_folder.py",
+        'not row.keys() >= {"prompt_index", "image", "sha256"}',
+        'not row.keys() >= {"correct"}',
+        (f"{ELSEWHERE}test_results_that_another_scorer_wrote_over_ours_are_named",),
+    ),
+    Mutant(
+        "geneval: a record needs no prompt",
+        "rewards/geneval.py",
+        'if not isinstance(found.get("prompt"), str) or not found["prompt"].strip():',
+        'if not str(found.get("prompt", 0)).strip():',
+        (f"{ELSEWHERE}test_a_record_without_a_prompt_is_told_before_an_image_is_looked_at",),
+    ),
+    Mutant(
+        "geneval: any JSON is a scoring.json",
+        "apps/geneval_folder.py",
+        'raise ValueError("it names no detector")',
+        "return {}",
+        (f"{ELSEWHERE}test_a_damaged_scoring_json_is_named_with_the_way_out",),
+    ),
+    Mutant(
+        "geneval report: a replaced picture keeps its verdict",
+        "apps/geneval_report.py",
+        'and current[key] == row["sha256"]',
+        "and current[key] is not None",
+        (f"{ELSEWHERE}test_a_picture_replaced_after_the_scoring_does_not_count",),
+    ),
+    Mutant(
+        "geneval report: runs are paired by index",
+        "apps/geneval_report.py",
+        "found[words, seen[words]] = i",
+        "found[str(i), 0] = i",
+        (f"{ELSEWHERE}test_runs_over_other_lists_are_paired_by_prompt",),
+    ),
+    Mutant(
+        "geneval report: repeated prompts are one",
+        "apps/geneval_report.py",
+        "            seen[words] += 1\n",
+        "",
+        (f"{ELSEWHERE}test_runs_over_other_lists_are_paired_by_prompt",),
     ),
     Mutant(
         "geneval report: any of n is all of n",
