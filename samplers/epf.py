@@ -28,10 +28,12 @@ from steering.registry import METHODS
 from steering.requests import Denoise, Progress, Request, Run
 from steering.resampling import scheme
 from steering.samplers.base import (
+    Damping,
     Sampler,
     check_levels,
     check_scale,
     checkpoint_steps,
+    damping,
     deliver,
     fit_population,
     preview,
@@ -50,6 +52,8 @@ class EPF(Sampler):
         n_particles: how many; None spends the budget (8 where there is none).
         reward_scale: as in `fk`.
         checkpoints: where to score and resample, as shares of the steps made.
+        damping: "measured" lets early potentials count less, also those of a look-ahead, by the
+            measured slope of final rewards on those of estimates; "none" takes them in full.
         anneal: rule of the temperature, "off" for none.
         ess_threshold, early_phase: annealing acts while the effective sample size is below
             ess_threshold * n_particles and the share of steps made is below early_phase.
@@ -66,6 +70,7 @@ class EPF(Sampler):
     n_particles: int | None = None
     reward_scale: float | None = None
     checkpoints: tuple[float, ...] = (0.25, 0.4, 0.55, 0.7, 0.85)
+    damping: Damping = "measured"
     anneal: Anneal = "ess"
     ess_threshold: float = 0.5
     early_phase: float = 0.5
@@ -86,7 +91,7 @@ class EPF(Sampler):
     unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # The published code: residual weights dropped, resampling at every checkpoint.
-        "authors": {"correct": False, "anneal": "ess", "resample": "always"},
+        "authors": {"correct": False, "anneal": "ess", "resample": "always", "damping": "none"},
     }
 
     def __post_init__(self) -> None:
@@ -138,11 +143,11 @@ class EPF(Sampler):
             state = yield from self.ask(ctx, state, t, i)
             if i in after:
                 assert state.prediction is not None
-                prediction = state.prediction
-                rho = yield from preview(ctx, prediction.x0, self.reward_scale, i)
+                x0, part = state.prediction.x0, damping(self.damping, grid, i)
+                rho = yield from preview(ctx, x0, self.reward_scale, i, part)
                 state = state.set_potential(rho)
                 ahead = yield from self._ahead(ctx, state, i, after[i])
-                state = yield from self._resample(ctx, state, ahead, i)
+                state = yield from self._resample(ctx, state, ahead, i, after[i])
             state = self.advance(ctx, state, t, u, i, kernel)
             yield Progress(step=i + 1, of=len(grid), info={"t": t.t})
         outcome = yield from deliver(ctx, state, self.reward_scale)
@@ -159,7 +164,8 @@ class EPF(Sampler):
         assert state.prediction is not None
         x = ctx.move(state.x, state.prediction, t, u, ODE, step=i, stream="lookahead")
         prediction = yield Denoise(x, u)
-        return (yield from preview(ctx, prediction.x0, self.reward_scale, i))
+        part = damping(self.damping, ctx.grid, j)
+        return (yield from preview(ctx, prediction.x0, self.reward_scale, i, part))
 
     def _log_eta(self, state: State, ahead: Tensor) -> Tensor:
         """ln of the modulation, [n]: the change to come, diluted by its mean."""
@@ -168,15 +174,20 @@ class EPF(Sampler):
         kept, plain = torch.tensor([1.0 - self.defence, self.defence]).double().log()
         return torch.logaddexp(kept + log_eta, plain + mean)
 
+    def _rewards(self, ctx: Context, phi: Tensor, i: int) -> Tensor:
+        """The rewards of estimates at node i whose potentials are phi, [n]."""
+        return phi / ((self.reward_scale or 1.0) * damping(self.damping, ctx.grid, i))
+
     def _resample(
-        self, ctx: Context, state: State, ahead: Tensor | None, i: int
+        self, ctx: Context, state: State, ahead: Tensor | None, i: int, j: int
     ) -> Generator[Request, Any, State]:
-        n, u, scale = len(state), i / len(ctx.grid), self.reward_scale or 1.0
-        info: dict[str, Any] = {"checkpoint": i, "rewards": state.phi / scale}
+        """A population drawn at checkpoint i; the look-ahead is that of node j."""
+        n, u = len(state), i / len(ctx.grid)
+        info: dict[str, Any] = {"checkpoint": i, "rewards": self._rewards(ctx, state.phi, i)}
         log_p = state.log_w
         if ahead is not None:
             log_p = log_p + self._log_eta(state, ahead)
-            info |= {"ahead": ahead / scale}
+            info |= {"ahead": self._rewards(ctx, ahead, j)}
         size = ess(log_p)
         tau = temperature(normalise(log_p), u, self.anneal, self.ess_threshold, self.early_phase)
         info |= {"ess": size, "tau": tau}

@@ -150,6 +150,30 @@ MUTANTS = (
         (TRACE,),
     ),
     Mutant(
+        "epf: the last potential is damped too",
+        EPF,
+        "deliver(ctx, state, self.reward_scale)",
+        "deliver(ctx, state, damping(self.damping, grid, steps[-1]) * self.reward_scale)",
+        (
+            TRACE,
+            "tests/test_epf.py::test_corrected_resampling_aims_at_the_tilted_law[line-damped]",
+        ),
+    ),
+    Mutant(
+        "epf: nothing is damped",
+        EPF,
+        "x0, part = state.prediction.x0, damping(self.damping, grid, i)",
+        "x0, part = state.prediction.x0, 1.0",
+        (TRACE, "tests/test_epf.py::test_damping_steadies_a_reward_with_many_peaks"),
+    ),
+    Mutant(
+        "epf: the look-ahead is damped as its start",
+        EPF,
+        "part = damping(self.damping, ctx.grid, j)",
+        "part = damping(self.damping, ctx.grid, i)",
+        (TRACE,),
+    ),
+    Mutant(
         "epf: a temperature below one",
         EPF,
         "return max(1.0, (1.0 - u) / share)",

@@ -77,6 +77,8 @@ def test_the_temperature_by_hand() -> None:
 
 # Annealing acts at every checkpoint.
 HOT = {"ess_threshold": 1.0, "early_phase": 1.0}
+# Less weight on early rewards, so that annealing has less to do; one checkpoint early enough.
+DAMPED = {"damping": "measured", "checkpoints": (0.13, 0.25, 0.5)}
 LAWS = {
     **{f"line-{rule}": ("line", {"anneal": rule, "reward_scale": 0.7}) for rule in RULES},
     "line-default": ("line", {"reward_scale": 0.7, "ess_threshold": 0.5, "early_phase": 0.5}),
@@ -88,6 +90,9 @@ LAWS = {
     "cloud-apf": ("cloud", {"anneal": "entropy", "lookahead": "apf"}),
     "chain": ("chain", {"anneal": "base"}),
     "chain-apf": ("chain", {"anneal": "ess", "lookahead": "apf", "resampler": "killing"}),
+    "line-damped": ("line", {**DAMPED, "reward_scale": 0.7}),
+    "plane-damped-apf": ("plane", {**DAMPED, "lookahead": "apf", "anneal": "base"}),
+    "chain-damped": ("chain", {**DAMPED, "anneal": "base", "resample": "ess"}),
 }
 
 
@@ -96,10 +101,10 @@ def test_corrected_resampling_aims_at_the_tilted_law(law: str) -> None:
     """Measured: at most 1.8 standard errors, for Z and Z f."""
     world, options = LAWS[law]
     rule = {"n_particles": 128, "reward_scale": 1.0, "checkpoints": CHECKPOINTS, **HOT}
-    results = check_law(world, EPF(**{**rule, **options}))
+    results = check_law(world, EPF(**{**rule, "damping": "none", **options}))
     assert sum(len(r.trace.ancestors) for r in results) > R
     hot = [tau > 1.0 for r in results for tau in r.trace.column("tau")]
-    if options.get("anneal") != "off" and law != "line-default":
+    if options.get("anneal") != "off" and law != "line-default" and "damped" not in law:
         assert sum(hot) >= R, sum(hot)
 
 
@@ -108,7 +113,8 @@ def test_uncorrected_tempering_aims_at_a_flatter_law() -> None:
     means = {}
     for correct in (True, False):
         rule = {"n_particles": 128, "reward_scale": 0.7, "checkpoints": (0.5, 0.7, 0.85), **HOT}
-        results = repeated(line, LINE, EPF(anneal="base", correct=correct, **rule))
+        method = EPF(anneal="base", correct=correct, damping="none", **rule)
+        results = repeated(line, LINE, method)
         means[correct] = [float(r.weights @ r.samples[:, 0]) for r in results]
         assert all((r.log_z is None) == (not correct) for r in results)
     target = float(line().tilted(LINE, 0.7).moments()[0])
@@ -122,11 +128,26 @@ def test_the_defence_keeps_the_lookahead_from_doing_harm() -> None:
     variances = {}
     for defence in (0.0, 0.5, 1.0):
         rule = {"n_particles": 64, "reward_scale": 1.5, "checkpoints": CHECKPOINTS}
+        rule["damping"] = "none"
         method = EPF(anneal="off", lookahead="apf", defence=defence, **rule)
         results = repeated(line, LINE, method)
         variances[defence] = float(torch.tensor([r.log_z for r in results]).var())
     assert variances[0.5] < 2.0 * variances[1.0]
     assert variances[0.5] < 0.5 * variances[0.0]
+
+
+def test_damping_steadies_a_reward_with_many_peaks() -> None:
+    """Spread of ln Z, measured: 0.60 undamped, 0.46 damped."""
+
+    def peaks(images: torch.Tensor) -> torch.Tensor:
+        return (torch.cos(3.0 * images) - 0.1 * images.square()).sum(1)
+
+    spreads = []
+    for damped in ("none", "measured"):
+        method = EPF(n_particles=16, reward_scale=2.0, damping=damped)
+        results = repeated(line, peaks, method)
+        spreads.append(float(torch.tensor([r.log_z for r in results]).std()))
+    assert spreads[1] < 0.9 * spreads[0]
 
 
 def test_the_lookahead_has_noise_of_its_own() -> None:
@@ -149,12 +170,19 @@ def test_a_full_defence_is_no_lookahead() -> None:
     assert one.log_z == pytest.approx(two.log_z, abs=1e-9)
 
 
+# Shares of the potential before steps 2, 4, 6 and 8 of 10; at node 9 it is all of it.
+SHARES = {"none": [1.0] * 5, "measured": [0.36, 0.72, 0.9, 0.95, 0.975]}
+
+
+@pytest.mark.parametrize("damped", sorted(SHARES))
 @pytest.mark.parametrize("rule", [*RULES, "off"])
 @pytest.mark.parametrize("resample", ["always", "ess"])
 @pytest.mark.parametrize("lookahead", ["none", "apf"])
-def test_weights_follow_from_the_trace(rule: str, resample: str, lookahead: str) -> None:
+def test_weights_follow_from_the_trace(
+    rule: str, resample: str, lookahead: str, damped: str
+) -> None:
     """The recursion again, from the rewards, look-aheads and ancestors that the run reports."""
-    n, scale = 12, 1.3
+    n, scale, shares = 12, 1.3, SHARES[damped]
     method = EPF(
         n_particles=n,
         reward_scale=scale,
@@ -163,6 +191,7 @@ def test_weights_follow_from_the_trace(rule: str, resample: str, lookahead: str)
         resample=resample,
         lookahead=lookahead,
         defence=0.25,
+        damping=damped,
     )
     seen = set()
     for seed in range(3):
@@ -170,12 +199,13 @@ def test_weights_follow_from_the_trace(rule: str, resample: str, lookahead: str)
         log_w, phi = torch.zeros(n).double(), torch.zeros(n).double()
         events = [e for e in result.trace.events if "checkpoint" in e]
         assert [e["checkpoint"] for e in events] == [2, 4, 6, 8]
-        for event in events:
-            rho = scale * torch.tensor(event["rewards"], dtype=torch.float64)
+        for k, event in enumerate(events):
+            rho = shares[k] * scale * torch.tensor(event["rewards"], dtype=torch.float64)
             log_w, phi = log_w + rho - phi, rho
             log_p = log_w.clone()
             if lookahead == "apf":
-                ahead = scale * torch.tensor(event["ahead"], dtype=torch.float64)
+                ahead = torch.tensor(event["ahead"], dtype=torch.float64)
+                ahead = shares[k + 1] * scale * ahead
                 eta = torch.exp(ahead - rho)
                 mean = torch.softmax(log_w, 0) @ eta
                 log_p = log_p + torch.log(0.75 * eta + 0.25 * mean)
@@ -234,11 +264,13 @@ def test_constant_rewards_change_nothing(rule: str, correct: bool) -> None:
     assert ours.log_z == (pytest.approx(15.0) if correct else None)
 
 
+@pytest.mark.parametrize("damped", sorted(SHARES))
 @pytest.mark.parametrize("resample", ["always", "ess"])
-def test_without_annealing_it_is_fk_bit_for_bit(resample: str) -> None:
+def test_without_annealing_it_is_fk_bit_for_bit(resample: str, damped: str) -> None:
     rule = {"n_particles": 16, "reward_scale": 1.0, "checkpoints": CHECKPOINTS}
+    rule["damping"] = damped
     ours = steer(line(), LINE, EPF(anneal="off", resample=resample, **rule))
-    fk = steer(line(), LINE, FK(resample=resample, damping="none", **rule))
+    fk = steer(line(), LINE, FK(resample=resample, **rule))
     assert len(fk.trace.ancestors) > 0
     assert ours.trace.ancestors == fk.trace.ancestors
     assert torch.equal(ours.samples, fk.samples)
@@ -292,6 +324,7 @@ def test_budgets_are_filled_and_refused_before_the_first_call() -> None:
         ({"n_particles": 0}, "n_particles"),
         ({"anneal": "hot"}, "anneal"),
         ({"lookahead": "far"}, "lookahead"),
+        ({"damping": "some"}, "damping"),
         ({"ess_threshold": 1.5}, "ess_threshold"),
         ({"early_phase": -0.1}, "early_phase"),
         ({"defence": 1.1}, "defence"),
@@ -309,6 +342,7 @@ def test_options_that_make_no_sense(options: dict, message: str) -> None:
 def test_preset_and_target() -> None:
     authors = build_method("epf/authors", {"n_particles": 2})
     assert not authors.correct
+    assert (authors.damping, EPF().damping) == ("none", "measured")
     assert authors.target == "heuristic"
     assert EPF().target == EPF.target == "tilted"
 
