@@ -101,7 +101,7 @@ def _step(
 ) -> Generator[Request, Any, tuple[Tensor, list[float]]]:
     """(x_u, log p - log q of each row)."""
     slots = [r.slot for r in walking]
-    if lead is None or i not in lead.guide.guided_steps(ctx.grid, weighed=weighed):
+    if lead is None:
         x = ctx.move(x, (yield Denoise(x, t)), t, u, kernel, step=i, slots=slots)
         return x, [0.0] * len(x)
     guide, scale = lead

@@ -190,8 +190,8 @@ MUTANTS = (
     Mutant(
         "guided: the last step of a weighed tree is led",
         ROLLOUT,
-        "guided_steps(ctx.grid, weighed=weighed)",
-        "guided_steps(ctx.grid)",
+        "weighed=weighed, rows=rows",
+        "weighed=False, rows=rows",
         (f"{_SEARCHES}::test_without_branching_a_guided_tree_is_guided_best_of_n",),
     ),
     Mutant(
@@ -255,7 +255,7 @@ MUTANTS = (
         RBF,
         "(2 if self.finish",
         "(1 if self.finish",
-        (_HAND,),
+        (f"{_LEDGER}[rbf-0]",),
     ),
     Mutant(
         "guided: a method of the user's own swallows the option",
