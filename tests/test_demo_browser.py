@@ -332,7 +332,7 @@ def test_compare_comes_back_after_a_cancel_and_wrong_input(visitor):
     expect(visitor.at("#compare-status").get_by_text("Stopped")).to_have_count(2)
     visitor.ready("#compare", "Compare", "#compare-cancel")
     visitor.says("(stopped: best so far)", "#compare-result")
-    expect(visitor.at("#compare-result")).not_to_contain_text("Unsteered")
+    expect(visitor.at("#compare-result")).not_to_contain_text("Unsteered", timeout=SOON)
     visitor.number("Steps", 10**6)
     visitor.at("#compare").click()
     expect(visitor.at("#compare-status [role=alert]")).to_contain_text("[1, 100]")
