@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "dts: finished rollouts in the order of their starts",
         "samplers/tree_rollout.py",
-        "    return rollouts\n",
-        "    return walking\n",
+        "zip(walking, x, strict=True):\n        r.states.append(row)\n    return",
+        "zip(rollouts, x, strict=True):\n        r.states.append(row)\n    return",
         (f"{DTS}::test_every_state_hangs_on_the_state_it_came_from",),
     ),
     Mutant(
