@@ -171,7 +171,7 @@ MUTANTS = (
         EPF,
         "part = damping(self.damping, ctx.grid, j)",
         "part = damping(self.damping, ctx.grid, i)",
-        (TRACE,),
+        ("tests/test_epf.py::test_constant_rewards_change_nothing",),
     ),
     Mutant(
         "epf: a temperature below one",

@@ -260,6 +260,9 @@ def test_constant_rewards_change_nothing(rule: str, correct: bool) -> None:
     method = EPF(n_particles=8, anneal=rule, correct=correct, lookahead="apf", **HOT)
     ours = steer(line(), lambda images: torch.full((len(images),), 1.5), method)
     assert set(ours.trace.column("tau")) == {1.0}
+    for told in ("rewards", "ahead"):  # undamped
+        for found in ours.trace.column(told):
+            assert list(found) == pytest.approx([1.5] * 8)
     assert torch.equal(by_slot(ours), base.samples[base.slots.argsort()])
     assert ours.log_z == (pytest.approx(15.0) if correct else None)
 
