@@ -2,7 +2,8 @@
 
 The driver alone writes; workers stream their images back as they are finished. When a worker dies,
 what it had not handed back counts as one failed try, is tried again elsewhere one image at a time
-(so that a prompt that kills workers takes no other with it), and a new worker takes its place.
+(so that a prompt that kills workers takes no other with it), and a new worker takes its place. A
+worker gets work only when its model is open: what dies before that costs no prompt a try.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from steering.errors import OptionError, SteeringError
 
 CHUNKS = 4  # per worker: enough to share the work evenly, few enough to fill batches
 START = 300.0  # seconds that a worker may take to start; opening the model comes after
+STARTS = 3  # workers in a row that could not open the model: no more until an image has come
 
 
 class Actor:
@@ -42,6 +44,10 @@ class Actor:
     def pid(self) -> int:
         """The process it runs in."""
         return os.getpid()
+
+    def ready(self) -> None:
+        """Returns once the model is open."""
+        self.open()
 
     def describe(self, first: Job | None) -> dict[str, Any]:
         """`Worker.describe`."""
@@ -81,10 +87,12 @@ class Cluster:
         if self._mine:
             _join(ray, address)
         self.actors: list[Any] = []
-        self._starting: dict[Any, Any] = {}  # sign of life -> worker that takes another's place
+        self._coming: dict[Any, tuple[Any, bool]] = {}  # sign -> (new worker, has it started?)
+        self._failed: list[str] = []  # new workers' errors since the last image
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             count, self.share, self.threads = shares(nodes, settings.device, workers)
+            self.count = count
             self.actors = [self._spawn() for _ in range(count)]
         except BaseException:
             self.close()
@@ -128,23 +136,21 @@ class Cluster:
         """The jobs' images as they are finished, and an error for each that its worker lost.
 
         Raises:
-            SteeringError: every worker has died, and the cluster has no room for others.
+            SteeringError: every worker has died, and the cluster has no room for others, or they
+                cannot open the model.
         """
-        ray, queue = self.ray, deque(_chunks(jobs, len(self.actors)))
-        new = list(self._starting.values())
+        ray, queue = self.ray, deque(_chunks(jobs, self.count))
+        new = [actor for actor, _ in self._coming.values()]
         idle, running = [actor for actor in self.actors if actor not in new], {}
         while queue or running:
+            self._fill()
             while idle and queue:
                 actor, chunk = idle.pop(), queue.popleft()
                 stream = actor.samples.options(num_returns="streaming").remote(chunk)
                 running[stream] = (actor, {job.key: job for job in chunk})
-            limit = None if running else START
-            ready, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=limit)
-            if not ready:
-                raise SteeringError(f"No Ray worker is left, and none started in {START:.0f} s.")
-            stream = ready[0]
-            if stream in self._starting:
-                idle.append(self._starting.pop(stream))
+            stream = self._next(running)
+            if stream in self._coming:
+                idle += self._greet(stream)
                 continue
             actor, left = running[stream]
             try:
@@ -156,13 +162,55 @@ class Cluster:
                 raise _cause(error) from error
             except ray.exceptions.RayError as error:  # the actor or its node is gone
                 del running[stream]
-                self.actors[self.actors.index(actor)] = fresh = self._spawn()
-                self._starting[fresh.pid.remote()] = fresh  # a lost node leaves no room for it
-                words = str(error).strip().splitlines()[0]
-                yield from (Made(job=j, error=f"worker died: {words}") for j in left.values())
+                self.actors.remove(actor)
+                words = f"worker died: {_words(error)}"
+                yield from (Made(job=j, error=words, lost=True) for j in left.values())
             else:
                 del left[made.job.key]
+                self._failed.clear()
                 yield made
+
+    def _fill(self) -> None:
+        """New workers for those that are gone."""
+        while len(self.actors) < self.count and len(self._failed) < STARTS:
+            fresh = self._spawn()
+            self.actors.append(fresh)
+            self._coming[fresh.pid.remote()] = fresh, False  # a lost node leaves no room for it
+
+    def _next(self, running: Mapping[Any, Any]) -> Any:  # noqa: ANN401
+        """A stream with an image or an end, or a sign of a new worker.
+
+        Raises:
+            SteeringError: there are none, nor will there be.
+        """
+        some = [*running, *self._coming]
+        if not some:
+            raise SteeringError(
+                f"{len(self._failed)} new Ray workers in a row could not open the model, and no "
+                f"other is left (last error: {self._failed[-1]}). All images made so far are "
+                "kept, and no prompt was charged with it: go on with --resume."
+            )
+        opening = any(started for _, started in self._coming.values())
+        limit = None if running or opening else START
+        ready, _ = self.ray.wait(some, num_returns=1, timeout=limit)
+        if not ready:
+            raise SteeringError(f"No Ray worker is left, and none started in {START:.0f} s.")
+        return ready[0]
+
+    def _greet(self, sign: Any) -> list[Any]:  # noqa: ANN401
+        """[the worker] whose sign this is, where it can be given work: its model is open."""
+        actor, started = self._coming.pop(sign)
+        try:
+            self.ray.get(sign)
+        except self.ray.exceptions.RayError as error:  # it died, or could not open the model
+            self.ray.kill(actor)
+            self.actors.remove(actor)
+            self._failed.append(_words(error))
+            return []
+        if started:
+            return [actor]
+        self._coming[actor.ready.remote()] = actor, True
+        return []
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started here."""
@@ -237,6 +285,13 @@ def _chunks(jobs: list[Job], workers: int) -> list[list[Job]]:
         some = set(prompts[start : start + size])
         parts.append([job for job in first if job.prompt in some])
     return parts + again
+
+
+def _words(error: Exception) -> str:
+    """An error of Ray's in one line: the worker's own, or how it ended."""
+    own = getattr(error, "cause", None)
+    text = str(error) if own is None else f"{type(own).__name__}: {own}"
+    return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _cause(error: Any) -> BaseException:  # noqa: ANN401

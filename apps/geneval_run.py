@@ -246,7 +246,8 @@ def make(
         show: a bar with the time left, on terminals.
 
     Raises:
-        SteeringError: the first 8 images all failed.
+        SteeringError: the first 8 images all failed; what a worker lost beside others is no
+            failure.
     """
     total = len(store.records) * store.images
     good = bool(store.done)
@@ -260,7 +261,8 @@ def make(
             for made in source(jobs):  # a result or an error for each: this ends
                 store.add(made)
                 good |= not made.error
-                failed += bool(made.error)
+                # a job that has failed is tried alone: only then is a worker's death its own
+                failed += bool(made.error) and not (made.lost and made.job.tries == 0)
                 bar.update(0 if made.error else 1)
                 if not good and failed >= min(HOPELESS, total):
                     raise SteeringError(

@@ -48,12 +48,16 @@ def job_of(record: Metadata, prompt: int, image: int, *, tries: int = 0) -> Job:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Made:
-    """What came of a job: a PNG with its numbers, or an error."""
+    """What came of a job: a PNG with its numbers, or an error.
+
+    ``lost``: its worker died, maybe of another job's image.
+    """
 
     job: Job
     png: bytes = b""
     line: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    lost: bool = False
 
 
 class Journal:

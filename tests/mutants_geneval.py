@@ -11,6 +11,7 @@ RUN = "tests/test_geneval_run.py::"
 REPORT = "tests/test_geneval_report.py::"
 RAY = "tests/test_geneval_ray.py::"
 DEATH = f"{RAY}test_a_death_counts_as_a_try_of_what_had_not_been_handed_back"
+STARTS = f"{RAY}test_workers_that_cannot_open_the_model_cost_no_prompt_a_try"
 FIRST = "tests/test_geneval_first.py::"
 SCORE = "tests/test_geneval_score.py::"
 ELSEWHERE = "tests/test_geneval_elsewhere.py::"
@@ -397,9 +398,44 @@ MUTANTS = (
         (f"{COMMAND}test_the_command_runs_on_workers_of_its_own",),
     ),
     Mutant(
+        "geneval run: what a worker lost beside others is a failure",
+        "apps/geneval_run.py",
+        " and not (made.lost and made.job.tries == 0)",
+        "",
+        (f"{FIRST}test_a_worker_that_dies_before_the_first_image_ends_no_run",),
+    ),
+    Mutant(
+        "geneval run: no worker's death is a failure",
+        "apps/geneval_run.py",
+        "made.lost and made.job.tries == 0",
+        "made.lost",
+        (f"{FIRST}test_where_every_image_kills_its_worker_the_run_stops",),
+    ),
+    Mutant(
+        "ray: work before the model is open",
+        "apps/cluster.py",
+        "        if started:\n            return [actor]\n",
+        "        return [actor]\n",
+        (STARTS,),
+    ),
+    Mutant(
+        "ray: an image between does not count",
+        "apps/cluster.py",
+        "                self._failed.clear()\n",
+        "",
+        (STARTS,),
+    ),
+    Mutant(
+        "ray: new workers without end",
+        "apps/cluster.py",
+        " and len(self._failed) < STARTS",
+        "",
+        (STARTS,),
+    ),
+    Mutant(
         "ray: a worker's death is no try",
         "apps/cluster.py",
-        'yield from (Made(job=j, error=f"worker died: {words}") for j in left.values())',
+        "yield from (Made(job=j, error=words, lost=True) for j in left.values())",
         "queue.append(list(left.values()))",
         (DEATH,),
     ),

@@ -11,7 +11,7 @@ import steering
 from steering.apps.geneval_folder import look
 from steering.apps.geneval_run import Settings, Worker, make, run_json
 from steering.apps.geneval_store import Job, Journal, Made, Store
-from steering.errors import OptionError, RewardError
+from steering.errors import OptionError, RewardError, SteeringError
 from steering.stickers import parse, prompts
 from tests.command import run
 
@@ -72,6 +72,38 @@ def test_one_failure_is_not_called_two(pipe, tmp_path):
         assert look(tmp_path / "run").quarantined == store.quarantined() == {}
         store.add(Made(job=FIRST, error="lost again"))
         assert look(tmp_path / "run").quarantined == store.quarantined() == {(0, 0): "lost again"}
+
+
+def store_of(folder):
+    """A new run of four images a prompt, for sources that make no pictures."""
+    settings = replace(SETTINGS, images_per_prompt=4)
+    recipe = run_json(settings, {"model": {"fingerprint": "none"}, "call": {}}, RECORDS, "test")
+    return Store(folder, recipe, RECORDS)
+
+
+def test_a_worker_that_dies_before_the_first_image_ends_no_run(tmp_path):
+    """One prompt kills it, and more jobs are lost beside than may fail: they go on, alone."""
+
+    def source(jobs):
+        assert len(jobs) > 8 or any(job.tries for job in jobs)
+        for k, job in enumerate(jobs):
+            dead = job.prompt == 0 if job.tries else k < 16
+            yield Made(job=job, error="worker died: it was killed" if dead else "", lost=dead)
+
+    with store_of(tmp_path / "run") as store:
+        make(store, source, show=False)
+        assert set(store.quarantined()) == {(0, k) for k in range(4)}
+        assert len(store.done) == 4 * (len(RECORDS) - 1)
+
+
+def test_where_every_image_kills_its_worker_the_run_stops(tmp_path):
+    def source(jobs):
+        yield from (Made(job=job, error="worker died: it was killed", lost=True) for job in jobs)
+
+    words = r"first 8 images all failed.*worker died"
+    with store_of(tmp_path / "run") as store, pytest.raises(SteeringError, match=words):
+        make(store, source, show=False)
+    assert len(store.quarantined()) == 8  # of 24, all of which were lost once
 
 
 STRANGE = {"tag": "single_object", "include": [{"class": "unicorn", "count": 1}]}

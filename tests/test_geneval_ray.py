@@ -119,8 +119,13 @@ def runs(cluster_here):
     return base / "local", base / "ray", cluster.pids
 
 
-def poisoned(arrived: Path, deadly: int) -> type:
-    """An actor that one prompt kills, once what it had made before has arrived."""
+def poisoned(base: Path, deadly: set[int], starts: list[str] | None = None) -> type:
+    """An actor that prompts kill, once what it had made before has arrived (a file in ``base``).
+
+    Args:
+        starts: how the opening of the model ends in new workers, one after the other: "opens",
+            "dies" or "raises".
+    """
 
     class Poisoned:
         def __init__(self, settings, threads) -> None:
@@ -129,16 +134,41 @@ def poisoned(arrived: Path, deadly: int) -> type:
         def pid(self) -> int:
             return os.getpid()
 
+        def ready(self) -> None:
+            if starts is None:
+                return
+            with (base / "starts").open("ab") as file:
+                file.write(b"x")
+                how = starts[file.tell() - 1]
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "raises":
+                raise MemoryError("no room for the model")
+
         def samples(self, jobs):
             for k, job in enumerate(jobs):
-                if job.prompt == deadly:
+                if job.prompt in deadly:
                     end = time.monotonic() + 60
-                    while k and not arrived.exists() and time.monotonic() < end:
+                    before = base / f"{jobs[k - 1].prompt} arrived"
+                    while k and not before.exists() and time.monotonic() < end:
                         time.sleep(0.01)
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield Made(job=job, png=b"made")
 
     return Poisoned
+
+
+def told(cluster: Cluster, base: Path, rounds: list[list[Made]]):
+    """The cluster's results as `make` asks for them, noted down by round."""
+
+    def source(jobs):
+        rounds.append([])
+        for made in cluster.samples(jobs):
+            rounds[-1].append(made)
+            (base / f"{made.job.prompt} arrived").touch()
+            yield made
+
+    return source
 
 
 class Bounded(Cluster):
@@ -148,37 +178,50 @@ class Bounded(Cluster):
 
     def _spawn(self):
         self.spawned += 1
-        assert self.spawned <= 4, "a fifth worker"
+        assert self.spawned <= 5, "a sixth worker"
         return super()._spawn()
 
 
 def test_a_death_counts_as_a_try_of_what_had_not_been_handed_back(
     cluster_here, tmp_path, monkeypatch
 ):
-    deadly, before = 3, 2  # made in one go: eight prompts are parted into pairs
-    monkeypatch.setattr(clusters, "Actor", poisoned(tmp_path / "arrived", deadly))
+    deadly = 3  # made in one go with 2: eight prompts are parted into pairs
+    monkeypatch.setattr(clusters, "Actor", poisoned(tmp_path, {deadly}))
     recipe = _recipe({"model": {"fingerprint": "none"}, "call": {}})
     rounds: list[list[Made]] = []
     with (
         Bounded(SimpleNamespace(device=None), workers=1) as cluster,
         Store(tmp_path / "run", recipe, RECORDS) as store,
     ):
-
-        def told(jobs):
-            rounds.append([])
-            for made in cluster.samples(jobs):
-                rounds[-1].append(made)
-                if made.job.prompt == before:
-                    (tmp_path / "arrived").touch()
-                yield made
-
-        make(store, told, show=False)
+        make(store, told(cluster, tmp_path, rounds), show=False)
         lost = store.quarantined()
     first, *again = [[(m.job.prompt, bool(m.error)) for m in found] for found in rounds]
     assert sorted(first) == [(i, i == deadly) for i in range(len(RECORDS))]  # one answer each
     assert again == [[(deadly, True)]]
     assert set(lost) == {(deadly, 0)}
-    assert cluster.spawned == 3  # one, and one for each try
+    assert cluster.spawned == 2  # one for each try
+    assert [m.lost for found in rounds for m in found if m.error] == [True] * 2
+
+
+def test_workers_that_cannot_open_the_model_cost_no_prompt_a_try(
+    cluster_here, tmp_path, monkeypatch
+):
+    """One that cannot is replaced; two in a row with no image between are the end of the run."""
+    monkeypatch.setattr(clusters, "STARTS", 2)
+    starts = ["dies", "opens", "dies", "raises"]
+    monkeypatch.setattr(clusters, "Actor", poisoned(tmp_path, {1, 5}, starts))
+    recipe = _recipe({"model": {"fingerprint": "none"}, "call": {}})
+    rounds: list[list[Made]] = []
+    with (
+        Bounded(SimpleNamespace(device=None), workers=1) as cluster,
+        Store(tmp_path / "run", recipe, RECORDS) as store,
+    ):
+        with pytest.raises(SteeringError, match=r"^2 new Ray workers in a row .*--resume") as end:
+            make(store, told(cluster, tmp_path, rounds), show=False)
+        assert {j.prompt: j.tries for j in store.todo()} == {1: 1, 5: 1, 6: 0, 7: 0}
+    assert "last error: MemoryError: no room for the model" in str(end.value)
+    assert cluster.spawned == 1 + len(starts)
+    assert [len(found) for found in rounds] == [6]
 
 
 def _recipe(opened: dict) -> dict:
