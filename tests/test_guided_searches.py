@@ -45,7 +45,7 @@ def kept(tmp_path, model, reward, method, **more):
 
 LAWS = {
     "plane": ("plane", {**WIDE}),
-    "plane-both": ("plane", {**WIDE, "guidance": BOTH, "width": 13}),
+    "plane-both": ("plane", {**WIDE, "guidance": BOTH, "width": 40}),
     "sixteen": (
         "sixteen",
         {"guidance": Guide(rho=0.4), "widening": 11, "branch_levels": (0.34,), "width": 30},
