@@ -71,8 +71,9 @@ def launch(
     wait: bool = True,
 ) -> tuple[gr.Blocks, str]:
     """Serves the page; (page, its address)."""
-    # All that gradio writes (uploads, served files) lies in the host's folder and goes with it.
-    os.environ["GRADIO_TEMP_DIR"] = str(host.root / "gradio")
+    # Uploads lie in the host's folder and go with it. The sessions' folders lie in it too, so that
+    # gradio serves their files as they are: its copies would outlive a session.
+    os.environ["GRADIO_TEMP_DIR"] = str(host.root)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     page = build(host)
     _, address, _ = page.launch(

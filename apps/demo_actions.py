@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
-from steering.apps.demo_engine import Lane
 from steering.apps.demo_order import Limits, Offer, Order
 from steering.apps.demo_queue import Outcome, Ticket
+from steering.apps.demo_recipes import differences
 from steering.apps.demo_session import Host
 from steering.apps.demo_views import data_uri, file_bytes
 from steering.errors import OptionError, RecipeError, SteeringError
@@ -50,9 +49,12 @@ async def follow(host: Host, *tickets: Ticket) -> AsyncIterator[list[dict[str, A
 
 
 def baseline(order: Order, nfe: int) -> Order:
-    """Best-of-N for as many network rows; its sample 0 is the unsteered one of the same seed."""
-    budget = Budget(nfe=max(1, nfe), seconds=order.budget.seconds)
-    return replace(order, method="best_of_n", options={"select": "all"}, budget=budget)
+    """Best-of-N for as many network rows, of as many samples as the server takes at most.
+
+    Its sample 0 is the unsteered one of the same seed.
+    """
+    budget, options = Budget(nfe=max(1, nfe), seconds=order.budget.seconds), {"select": "all"}
+    return replace(order, method="best_of_n", options=options, budget=budget, trimmed=True)
 
 
 def first_sample(outcome: Outcome) -> int:
@@ -226,37 +228,17 @@ def verdict(file: Path, recipe: Recipe, ticket: Ticket) -> tuple[bool, str]:
     difference = int(np.abs(old - new).max()) if old.shape == new.shape else 255
     if difference == 0:
         return True, "Identical: every pixel is the same."
-    company = ticket.company + int(recipe.engine.get("company") or 0)
-    why = (
-        " Other runs shared its batches, and rounding depends on the size of a batch."
-        if company
-        else " The pixels were edited, or other versions of packages or hardware made it."
-    )
-    return False, f"Different: by up to {difference} of 255.{why}"
+    return False, f"Different: by up to {difference} of 255. {_why(recipe, ticket)}"
 
 
-def score_chore(files: Sequence[Path], prompt: str, names: Sequence[str]) -> Any:  # noqa: ANN401
-    """What the worker does to score pictures: -> one row of numbers per file."""
-    from steering.rewards.images import as_tensor
-
-    def run(lane: Lane) -> list[dict[str, float]]:
-        images = []
-        for file in files:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        rows: list[dict[str, float]] = [{} for _ in files]
-        sizes = {im.size for im in images}
-        for name in names:
-            reward = lane.reward(name)
-            for size in sizes:
-                chosen = [k for k, im in enumerate(images) if im.size == size]
-                with torch.no_grad():
-                    found = reward(as_tensor([images[k] for k in chosen]), [prompt] * len(chosen))
-                for at, k in enumerate(chosen):
-                    rows[k][name] = float(found.value[at])
-        return rows
-
-    return run
+def _why(recipe: Recipe, ticket: Ticket) -> str:
+    """What may have made a repeat differ. An edit is named only where all else was the same."""
+    reasons = differences(recipe, ticket.results[recipe.prompt].recipe)
+    if ticket.company or recipe.engine.get("company"):
+        reasons.insert(0, "other runs shared its batches")
+    if not reasons:
+        return "The pixels were edited, or other hardware made it."
+    return f"That need not be an edit, as rounding depends on: {', '.join(reasons)}."
 
 
 def compare(

@@ -15,7 +15,8 @@ from steering.apps.demo_api import refusal, session_of
 from steering.apps.demo_session import Host
 
 _POLL = 0.2  # seconds
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of a listener that is no action of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +55,16 @@ class Buttons:
 
         ``run`` may be an endpoint too: what it gives says nothing of buttons.
         """
-        self.start.click(None, None, self.listed(), js=self._script(busy=True), **_QUIET)
+        self.start.click(None, None, self.listed(), js=self._script(busy=True), **QUIET)
         event = self.start.click(
             run, inputs, outputs, show_progress="hidden", concurrency_limit=None, **options
         )
-        event.then(None, None, self.listed(), js=self._script(busy=False), **_QUIET)
+        event.then(None, None, self.listed(), js=self._script(busy=False), **QUIET)
         self.on_failure(event)
 
     def on_failure(self, event: Any) -> None:  # noqa: ANN401
         """Start comes back after an error, of which gradio's `then` is not told."""
-        event.failure(None, None, self.listed(), js=self._script(busy=False), **_QUIET)
+        event.failure(None, None, self.listed(), js=self._script(busy=False), **QUIET)
 
     def _script(self, *, busy: bool) -> str:
         start = {"value": self.doing if busy else self.label, "interactive": not busy}
@@ -79,7 +80,7 @@ class Buttons:
             return gr.skip()  # the run itself says how it ended
 
         assert self.cancel is not None
-        self.cancel.click(cancel, None, status, **_QUIET)
+        self.cancel.click(cancel, None, status, **QUIET)
 
     async def during(
         self, session: str, run: AsyncIterator[dict[Any, Any]], status: gr.HTML

@@ -13,6 +13,7 @@ from torch import Tensor
 from steering.api import plan_run
 from steering.apps.demo_live import Live, Shot
 from steering.apps.demo_order import Offer, Order
+from steering.apps.demo_recipes import check_scheduler
 from steering.batch import rows_of
 from steering.engine import Engine
 from steering.errors import OptionError, RecipeError
@@ -128,27 +129,35 @@ class Lane:
         Raises:
             SteeringError: what steer() raises before it starts.
         """
-        if order.fingerprint and describe(self.pipe)["fingerprint"] != order.fingerprint:
-            raise RecipeError(
-                "This server's weights are not those of the recipe, so the picture cannot be "
-                "repeated here."
-            )
+        self._check_model(order)
         guide = self.reward(order.reward)
         for verifier in (self.reward(spec) for spec in order.heldout):
             if set(parts_of(verifier)) == set(parts_of(guide)):
                 raise OptionError(f"{verifier.name!r} guides the search; hold out another one.")
         method = build_method(order.method, order.options)
         fitted, plan = plan_run(self.model, method, guide, order.budget)
-        self.offer.check_cost(fitted.cost(plan), order.budget)
-        tasks = []
+        fitted = self.offer.fitted(fitted, plan, trimmed=order.trimmed)
+        tasks, extra = [], order.metadata or (None,) * len(order.prompts)
         for i, (prompt, seed) in enumerate(zip(order.prompts, order.seeds, strict=True)):
             task = Task(
                 index=i, prompt=prompt, cond=self._condition(prompt or ""), seed=seed,
-                method=fitted, plan=plan, reward=guide,
+                method=fitted, plan=plan, reward=guide, metadata=extra[i],
             )  # fmt: skip
             task.best = Watched(live, task.ledger)
             tasks.append(task)
         return tasks
+
+    def _check_model(self, order: Order) -> None:
+        """Raises where a recipe's model is not the one of this lane."""
+        if order.fingerprint is None and order.scheduler is None:
+            return
+        here = describe(self.pipe)
+        if order.fingerprint and here["fingerprint"] != order.fingerprint:
+            raise RecipeError(
+                "This server's weights are not those of the recipe, so the picture cannot be "
+                "repeated here."
+            )
+        check_scheduler(order.scheduler, here["scheduler"])
 
     def _condition(self, prompt: str) -> int:
         """The number of a prompt in the model, which learns new ones as they come."""

@@ -28,6 +28,7 @@ class Field:
     Attributes:
         kind: "whole", "number", "flag", "choice" or "list" (numbers with commas).
         optional: whether None is a value, shown as an empty control.
+        single: of a list: whether a number alone is another thing than a list of one.
         choices: of a choice.
         help: the option's line in the class docstring.
     """
@@ -38,6 +39,7 @@ class Field:
     optional: bool
     choices: tuple[str, ...]
     help: str
+    single: bool = False
 
     @property
     def written(self) -> bool:
@@ -71,7 +73,7 @@ class Field:
             return value
         try:
             parts = [json.loads(part) for part in value.split(",") if part.strip()]
-            return parts[0] if len(parts) == 1 and self.name == "n_particles" else parts
+            return parts[0] if len(parts) == 1 and self.single else parts
         except json.JSONDecodeError:
             raise OptionError(
                 f"Option {self.name!r} takes numbers with commas between them, got {value!r}."
@@ -95,7 +97,8 @@ def option_fields(cls: type) -> list[Field]:
         if control is None or f.name in _CLOSED:
             continue
         kind, choices = control
-        optional = type(None) in typing.get_args(hints[f.name])
+        kinds = typing.get_args(hints[f.name])
+        optional = type(None) in kinds
         if kind == "choice" and optional and _AUTO not in choices:
             choices = (_AUTO, *choices)
         found.append(
@@ -106,6 +109,7 @@ def option_fields(cls: type) -> list[Field]:
                 optional=optional,
                 choices=choices,
                 help=lines.get(f.name, ""),
+                single=int in kinds or float in kinds,
             )
         )
     return sorted(found, key=lambda f: f.name in ("eta", "eta_end", "transition", "grid", "steps"))

@@ -10,10 +10,11 @@ from typing import Any
 
 from steering.api import check_prompts
 from steering.apps.demo_forms import option_fields
+from steering.apps.demo_recipes import check_method_options, check_rewards, metadata_of
 from steering.errors import OptionError, RecipeError, SteeringError, unknown_name
 from steering.ledger import Budget
-from steering.loading import SHIPPED, call_defaults
-from steering.method import Cost, Method, build_method
+from steering.loading import call_defaults
+from steering.method import Cost, Method, Plan, build_method
 from steering.recipe import Recipe
 from steering.registry import METHODS, REWARDS
 
@@ -37,7 +38,8 @@ class Limits:
         methods: compared at once.
         waiting: runs in the queue, of all people; ``per_session`` of one.
         prompt_chars: length of a prompt.
-        upload_bytes, upload_pixels, uploads: of one file, and how many at once.
+        upload_bytes, upload_pixels: of one file.
+        uploads, all_pixels: files at once, and their pixels together.
     """
 
     nfe: int = 4000
@@ -52,6 +54,7 @@ class Limits:
     upload_bytes: int = 10 * 2**20
     upload_pixels: int = 16 * 10**6
     uploads: int = 16
+    all_pixels: int = 64 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,9 @@ class Order:
         prompts, seeds: usually one of each; recipes of lists have more.
         call: arguments of the pipeline call, the model's defaults included.
         reward, heldout: spec strings.
-        max_batch: of the engine, None for the server's own.
-        fingerprint: of the weights, where a recipe names them.
+        metadata: what the rewards get beside each prompt; None for nothing.
+        fingerprint, scheduler: of the model, where a recipe names them.
+        trimmed: a population that the budget makes too large is cut to the limit, not refused.
     """
 
     prompts: tuple[str | None, ...]
@@ -75,7 +79,10 @@ class Order:
     reward: str
     heldout: tuple[str, ...] = ()
     budget: Budget
+    metadata: tuple[Any, ...] | None = None
     fingerprint: str | None = None
+    scheduler: dict[str, Any] | None = None
+    trimmed: bool = False
 
     @property
     def lane(self) -> str:
@@ -166,12 +173,14 @@ class Offer:
         if len(recipe.prompts) > limits.uploads:
             raise RecipeError(f"The recipe has {len(recipe.prompts)} prompts, too many to repeat.")
         check_prompts([p for p in recipe.prompts] or "")
-        name, options = str(recipe.method["name"]), dict(recipe.method["options"])
+        name, options = str(recipe.method["name"]), recipe.method["options"]
+        if not isinstance(options, dict):
+            raise RecipeError("Damaged recipe: the options of its method are no object.")
         self.method(name, options, of_recipe=True)
         budget = {k: recipe.budget.get(k) for k in ("nfe", "reward_calls")}
         budget["nfe"] = _whole("nfe", budget["nfe"] or limits.nfe, 1, limits.nfe)
-        for spec in (recipe.reward, *[s for s in recipe.heldout if s]):
-            self._check_spec(spec)
+        heldout = tuple(s for s in recipe.heldout if s)
+        check_rewards((recipe.reward, *heldout), self.rewards)
         return Order(
             prompts=tuple(recipe.prompts),
             seeds=tuple(_whole("seed", s, -(2**63), 2**63) for s in recipe.seeds),
@@ -180,9 +189,11 @@ class Offer:
             method=name,
             options=options,
             reward=recipe.reward,
-            heldout=tuple(s for s in recipe.heldout if s),
+            heldout=heldout,
+            metadata=metadata_of(recipe),
             budget=Budget(**budget, seconds=limits.seconds),
             fingerprint=recipe.model.get("fingerprint"),
+            scheduler=recipe.model.get("scheduler"),
         )
 
     def check_model(self, model: object) -> None:
@@ -207,23 +218,26 @@ class Offer:
                 )
             if isinstance(value, str | list | tuple) and len(value) > 200:
                 raise OptionError(f"Option {option!r} is too long.")
+        if of_recipe:
+            check_method_options(cls, options, f"the method {name!r}")
         built = build_method(name, options)
         steps = getattr(built, "steps", None)
         if steps is not None and steps > self.limits.steps:
             raise OptionError(f"steps={steps}: this server takes at most {self.limits.steps}.")
-        for option in ("n_particles", "n"):
-            size = getattr(built, option, None)
-            largest = max(size, default=0) if isinstance(size, tuple) else size
-            if isinstance(largest, int) and largest > self.limits.particles:
-                raise OptionError(
-                    f"{option}={size}: this server takes at most {self.limits.particles}."
-                )
+        option, size = _population(built)
+        if size > self.limits.particles:
+            raise OptionError(
+                f"{option}={size}: this server takes at most {self.limits.particles}."
+            )
         return built
 
     def check_call(self, model: str, call: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the pipeline call, the model's own defaults filled in."""
         defaults, limits = call_defaults(model), self.limits
-        found = {**defaults, **{k: v for k, v in call.items() if v not in (None, "", 0)}}
+        given = {k: v for k, v in call.items() if v not in (None, "")}
+        # Number fields of browsers turn empty into 0; no guidance is a choice.
+        given = {k: v for k, v in given.items() if v != 0 or k == "guidance_scale"}
+        found = {**defaults, **given}
         ranges: dict[str, tuple[float, float]] = {
             "num_inference_steps": (1, limits.steps),
             "guidance_scale": (0.0, 50.0),
@@ -265,16 +279,24 @@ class Offer:
                 raise unknown_name(f"{kind} of this server", name, self.rewards)
         return list(dict.fromkeys(names))
 
-    def _check_spec(self, spec: str) -> None:
-        """A recipe may come from anywhere: it must not reach for files or addresses."""
-        for name in SHIPPED:
-            spec = spec.replace(f"(model={name})", "")
-        words = "".join(c if c.isalnum() or c == "_" else " " for c in spec).split()
-        if len(spec) > 500 or ("(" in spec and any(w in ("url", "model", "head") for w in words)):
-            raise RecipeError(f"The recipe's reward {spec[:80]!r} is not one this server repeats.")
-        for name in words:
-            if name in REWARDS.names() and name not in self.rewards:
-                raise RecipeError(f"The recipe's reward {name!r} is not offered by this server.")
+    def fitted(self, method: Method, plan: Plan, *, trimmed: bool = False) -> Method:
+        """A method with its sizes set by the budget, if they are within the limits.
+
+        Args:
+            trimmed: best-of-N with too many samples takes as many as may be.
+        """
+        option, size = _population(method)
+        most = self.limits.particles
+        if trimmed and size > most:
+            method, size = dataclasses.replace(method, **{option: most}), most  # type: ignore[type-var]
+        if size > most:
+            raise OptionError(
+                f"This budget makes {option}={size} of {method.name!r}, and this server takes at "
+                f"most {most}. Lower the budget (a sample takes {plan.trajectory} network rows), "
+                f"take more steps, or set {option}."
+            )
+        self.check_cost(method.cost(plan), plan.budget)
+        return method
 
     def check_cost(self, cost: Cost, budget: Budget) -> None:
         """Raises where a method with its sizes set would do too much beside the network."""
@@ -292,6 +314,16 @@ class Offer:
 def offered_rewards() -> tuple[str, ...]:
     """Registered rewards that can be used by name alone."""
     return tuple(n for n in REWARDS.names() if n not in COMPOSED + REACHING)
+
+
+def _population(method: Method) -> tuple[str, int]:
+    """The option that says how many samples a method has, and how many; 0 while that is open."""
+    for option in ("n_particles", "n"):
+        size = getattr(method, option, None)
+        largest = max(size, default=0) if isinstance(size, tuple) else size
+        if isinstance(largest, int):
+            return option, largest
+    return "n_particles", 0
 
 
 def _same(value: object, default: object) -> bool:

@@ -10,17 +10,16 @@ import gradio as gr
 from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
 from steering.apps.demo_api import refusal, session_of
-from steering.apps.demo_buttons import buttons
+from steering.apps.demo_buttons import QUIET, buttons
 from steering.apps.demo_controls import (
     EXAMPLE,
-    first_reward,
     heldout_control,
     model_control,
     rewards_control,
 )
+from steering.apps.demo_score import score
 from steering.apps.demo_session import Host
 from steering.apps.demo_steer import STOPPED, baseline_entries
-from steering.errors import OptionError
 from steering.registry import METHODS
 from steering.result import finite
 
@@ -158,9 +157,10 @@ def replay_tab(host: Host) -> None:
             result = gr.HTML(elem_id="replay-result")
             report = gr.JSON(visible=False)
 
-    async def show(path: str | None) -> tuple[Any, str, str]:
+    async def show(request: gr.Request, path: str | None) -> tuple[Any, str, str]:
         if path is None:
             return None, "", ""
+        host.remember(session_of(request), [path])
         try:
             _, recipe, _ = actions.replay_order(path, host.offer)
         except Exception as error:
@@ -170,6 +170,7 @@ def replay_tab(host: Host) -> None:
         return actions.unlike_files(data), views.recipe(data), words
 
     async def run(request: gr.Request, path: str | None) -> AsyncIterator[tuple[Any, ...]]:
+        host.remember(session_of(request), [path])
         try:
             source, recipe, order = actions.replay_order(path, host.offer)
             ticket = host.submit(session_of(request), order, pictures=recipe.image + 1)
@@ -209,16 +210,20 @@ def score_tab(host: Host) -> None:
             )
             prompt = gr.Textbox(EXAMPLE, label="Prompt", max_lines=4, interactive=True)
             chosen = rewards_control(host, "Rewards")
-            pressed = buttons("Score", "Scoring ...", "score")
+            pressed = buttons("Score", "Scoring ...", "score", cancels="score-cancel")
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(elem_id="score-status")
             report = gr.JSON(visible=False)
 
+    async def chosen_files(request: gr.Request, paths: list[str] | None) -> None:
+        host.remember(session_of(request), paths or [])
+
     async def run(
         request: gr.Request, paths: list[str] | None, text: str, names: list[str]
     ) -> tuple[str, Any]:
+        host.remember(session_of(request), paths or [])
         try:
-            rows = await _score(host, session_of(request), paths or [], text, names)
+            rows = await score(host, session_of(request), paths or [], text, names)
         except Exception as error:
             words = refusal(error)
             return views.message(words, wrong=True), {"error": words, "rows": []}
@@ -226,28 +231,6 @@ def score_tab(host: Host) -> None:
         body = [[r["file"], *[views.number(r["scores"][n]) for n in names]] for r in rows]
         return views.table(head, body, f"{len(rows)} pictures"), finite({"rows": rows})
 
+    files.change(chosen_files, files, None, **QUIET)
     pressed.on_press(run, [files, prompt, chosen], [status, report], api_name="score")
-
-
-async def _score(
-    host: Host, session: str, paths: list[str], text: str, names: list[str]
-) -> list[dict[str, Any]]:
-    offer = host.offer
-    if not 1 <= len(paths) <= offer.limits.uploads:
-        raise OptionError(f"Choose 1 to {offer.limits.uploads} pictures, got {len(paths)}.")
-    files = [actions.check_upload(path, offer.limits) for path in paths]
-    order = offer.order(
-        text,
-        model=offer.models[0],
-        method="best_of_n",
-        rewards=dict.fromkeys(names or [first_reward(host)], 1.0),
-        nfe=1,
-    )
-    chore = actions.score_chore(files, order.prompts[0] or "", names)
-    ticket = host.submit(session, order, chore=chore)
-    async for _ in actions.follow(host, ticket):
-        pass
-    if ticket.state != "finished":
-        raise OptionError(ticket.error)
-    pairs = zip(files, ticket.answer, strict=True)
-    return [{"file": file.name, "scores": scores} for file, scores in pairs]
+    pressed.on_cancel(host, status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from steering.apps.demo_engine import Lane
 from steering.apps.demo_live import Live
 from steering.apps.demo_order import Order
 from steering.task import Task
+
+Chore = Generator[None, None, Any]
+"""Work that is no run: it stops between its calls to be asked whether to go on; -> its answer."""
 
 
 @dataclass(eq=False)
@@ -33,7 +36,7 @@ class Ticket:
     order: Order | None
     live: Live
     folder: Path
-    chore: Callable[[Lane], Any] | None = None
+    chore: Callable[[Lane], Chore] | None = None
     pictures: int = 8
     state: str = "waiting"
     error: str = ""

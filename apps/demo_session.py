@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from steering.apps.demo_engine import Lane
 from steering.apps.demo_live import Live
 from steering.apps.demo_order import Busy, Offer, Order
-from steering.apps.demo_queue import FairQueue, Outcome, Ticket
+from steering.apps.demo_queue import Chore, FairQueue, Outcome, Ticket
 from steering.errors import SteeringError
 from steering.loading import load
 from steering.recipe import write_png
@@ -41,7 +42,8 @@ class Host:
 
     Args:
         offer: models, rewards and limits.
-        root: folder that all sessions' folders lie in; a temporary one by default.
+        root: folder of all that is written: uploads, and a folder per session; a temporary one by
+            default.
         dtype, device: of the models.
         threads: of the worker; torch's own number by default.
     """
@@ -63,6 +65,7 @@ class Host:
         self._numbers = itertools.count(1)
         self._queue = FairQueue()
         self._tickets: dict[str, deque[Ticket]] = {}
+        self._uploads: dict[str, set[Path]] = {}
         self._running: dict[int, Ticket] = {}
         self._owner: dict[int, Ticket] = {}
         self._pipes: OrderedDict[str, Any] = OrderedDict()
@@ -79,7 +82,7 @@ class Host:
         session: str,
         order: Order,
         *,
-        chore: Callable[[Lane], Any] | None = None,
+        chore: Callable[[Lane], Chore] | None = None,
         pictures: int = 8,
     ) -> Ticket:
         """Queues a run, or a chore for the thread that owns the order's model.
@@ -134,6 +137,26 @@ class Host:
             self._wake.notify_all()
         return len(going)
 
+    def remember(self, session: str, paths: Iterable[object]) -> None:
+        """Uploads that go when this session is over."""
+        named = [Path(p).resolve() for p in paths if isinstance(p, str | Path)]
+        kept = {p for p in named if p.parent.parent == self.root.resolve()}
+        with self._wake:
+            self._uploads.setdefault(session, set()).update(kept)
+
+    def _forget_uploads(self, session: str) -> None:
+        """Removes a session's uploads, but for those that another session has too.
+
+        An upload lies in a folder named by its content, so equal ones are one file.
+        """
+        with self._wake:
+            mine = self._uploads.pop(session, set())
+            gone = mine.difference(*self._uploads.values())
+            for path in gone:
+                with contextlib.suppress(OSError):  # the same content under another name stays
+                    path.unlink(missing_ok=True)
+                    path.parent.rmdir()
+
     def leave(self, session: str) -> None:
         """The session is over: its runs stop, its files go."""
         for ticket in self.tickets(session):
@@ -141,6 +164,7 @@ class Host:
         self.cancel(session)
         with self._wake:
             self._tickets.pop(session, None)
+        self._forget_uploads(session)
         shutil.rmtree(self.folder(session), ignore_errors=True)
 
     def ahead(self, ticket: Ticket) -> int:
@@ -215,8 +239,7 @@ class Host:
         ticket.started, ticket.state = time.time(), "running"
         try:
             if ticket.chore is not None:
-                ticket.answer = ticket.chore(lane)
-                self._end(ticket, "finished")
+                self._do(ticket, ticket.chore(lane))
                 return []
             ticket.tasks = lane.tasks(ticket.order, ticket.live)
         except Exception as error:
@@ -230,8 +253,24 @@ class Host:
         self._owner |= {id(task): ticket for task in ticket.tasks}
         return list(ticket.tasks)
 
+    def _do(self, ticket: Ticket, chore: Chore) -> None:
+        """A chore, call by call, for as long as a run may take."""
+        limit = self.offer.limits.seconds
+        try:
+            while ticket.seconds < limit and not self._unwanted(ticket):
+                next(chore)
+        except StopIteration as end:
+            ticket.answer = end.value
+            self._end(ticket, "finished")
+            return
+        chore.close()
+        late = f"The limit of {limit:g} s was reached" if ticket.seconds >= limit else "Cancelled"
+        self._end(ticket, "stopped", f"{late} before all was done.")
+
     def _leaving(self, task: Task) -> bool:
-        ticket = self._owner[id(task)]
+        return self._unwanted(self._owner[id(task)])
+
+    def _unwanted(self, ticket: Ticket) -> bool:
         if time.monotonic() - ticket.watched > _UNWATCHED and not ticket.cancel.is_set():
             log.info("run %d: nobody is looking any more; stopped", ticket.number)
             ticket.cancel.set()
@@ -360,4 +399,8 @@ class Host:
         for session, kept in list(self._tickets.items()):
             if all(t.over and now - t.watched > _FORGET for t in kept):
                 del self._tickets[session]
+                self._forget_uploads(session)
                 shutil.rmtree(self.folder(session), ignore_errors=True)
+        for session, files in list(self._uploads.items()):
+            if not any(map(Path.exists, files)):  # gradio itself removes what is an hour old
+                del self._uploads[session]

@@ -37,10 +37,12 @@ _KEY = re.compile(r"([A-Za-z_]\w*)\s*=\s*")
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _BARE = re.compile(r"[^,()'\"]+")
 _SAFE = re.compile(r"[\w./:@+\\~-]+")
+Check = Callable[[str, Any, Mapping[str, Any]], None]
+"""Is told (name, what is registered under it, options as read) and raises what it refuses."""
 _LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/[\w./-]*)?")
 
 
-def as_reward(obj: object, *, allow_python: bool = True) -> Reward:
+def as_reward(obj: object, *, allow_python: bool = True, check: Check | None = None) -> Reward:
     """A reward from whatever a user may give.
 
     Args:
@@ -48,12 +50,13 @@ def as_reward(obj: object, *, allow_python: bool = True) -> Reward:
             names code of your own) or a callable ``fn(images, prompts)`` or ``fn(images)``.
         allow_python: whether ``python:`` may import the user's code, and a judge's ``url`` may
             send a key of this machine away. Pass False for a spec that came out of a file.
+        check: asked about every reward of a spec string before that reward is built.
 
     Raises:
         OptionError: none of these, an unknown name or option, or a spec that cannot be read.
     """
     if isinstance(obj, str):
-        return _Parser(obj, allow_python).parse()
+        return _Parser(obj, allow_python, check).parse()
     if isinstance(obj, type):
         raise OptionError(
             f"A reward must be an object, not the class {obj.__name__}: give {obj.__name__}()."
@@ -79,8 +82,9 @@ def call_spec(name: str, options: Mapping[str, Any]) -> str:
 class _Parser:
     """Recursive descent over one spec string; ``at`` is the position of the next character."""
 
-    def __init__(self, text: str, allow_python: bool) -> None:
-        self.text, self.at, self.depth, self.allow_python = text, 0, 0, allow_python
+    def __init__(self, text: str, allow_python: bool, check: Check | None = None) -> None:
+        self.text, self.at, self.depth = text, 0, 0
+        self.allow_python, self.check = allow_python, check
 
     def parse(self) -> Reward:
         found = self.expression()
@@ -149,12 +153,24 @@ class _Parser:
             what = f"{name!r} would run code. If you trust it, give the reward yourself"
             raise self.error(what, at=start)
         if not self.take("("):
-            return _build(name, entry, {})
+            return self.build(name, entry, {})
         members = self.members() if getattr(entry, "takes_rewards", False) else []
         options = self.options()
         if not self.allow_python and _tells_a_key(entry, options):
             what = f"{name!r} would send a key of this machine to an address of its own choice. "
             raise self.error(f"{what}If you trust it, give the reward yourself", at=start)
+        return self.build(name, entry, options, members)
+
+    def build(
+        self,
+        name: str,
+        entry: Any,  # noqa: ANN401
+        given: Mapping[str, tuple[str, bool]],
+        members: Sequence[Reward] = (),
+    ) -> Reward:
+        options = _read_options(name, entry, given)
+        if self.check is not None:
+            self.check(name, entry, options)
         return _build(name, entry, options, members)
 
     def members(self) -> list[Reward]:
@@ -226,20 +242,28 @@ def _tells_a_key(entry: Any, options: Mapping[str, tuple[str, bool]]) -> bool:  
     return "key_env" in options or (bool(url) and not _LOCAL.fullmatch(url))
 
 
-def _build(
+def _read_options(
     name: str,
     entry: Any,  # noqa: ANN401
     given: Mapping[str, tuple[str, bool]],
-    members: Sequence[Reward] = (),
-) -> Reward:
-    """The registered class or function with its members and options, read as their types."""
+) -> dict[str, Any]:
+    """The options of a registered class or function, read as their types."""
     known = known_options(entry)
     for key in given:
         if key not in known:
             if not known:
                 raise OptionError(f"The reward {name!r} has no options; got {key!r}.")
             raise unknown_name(f"option of the reward {name!r}:", key, known)
-    options = {k: _read(f"{name}({k})", *v, known[k]) for k, v in given.items()}
+    return {k: _read(f"{name}({k})", *v, known[k]) for k, v in given.items()}
+
+
+def _build(
+    name: str,
+    entry: Any,  # noqa: ANN401
+    options: Mapping[str, Any],
+    members: Sequence[Reward] = (),
+) -> Reward:
+    """The registered class or function with its members and options."""
     if isinstance(entry, type):
         return entry(*members, **options)
     label = name.rpartition(":")[2]

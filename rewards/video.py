@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ class Frames(Ensemble):
     describe = "an image reward over chosen frames of a video"
     weighted = False
 
-    def __init__(self, *member: object, every: int = 1, reduce: str = "mean") -> None:
+    def __init__(
+        self, *member: object, every: int = 1, reduce: Literal["mean", "min", "last"] = "mean"
+    ) -> None:
         super().__init__(
             *member,
             every=None if every == 1 else every,

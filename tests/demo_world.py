@@ -74,6 +74,19 @@ class Gated(Reward):
         return images.mean((1, 2, 3))
 
 
+@register("told")
+@dataclass(frozen=True, kw_only=True)
+class Told(Reward):
+    """Mean of the pixels, times what is told beside the prompt; not offered by these servers."""
+
+    describe: ClassVar[str] = "listens to metadata"
+
+    def score(
+        self, images: Tensor, prompts: Sequence[Any], metadata: Sequence[Any] | None
+    ) -> Tensor:
+        return images.mean((1, 2, 3)) * images.new_tensor([m["times"] for m in metadata or ()])
+
+
 @contextlib.contextmanager
 def held() -> Iterator[Gate]:
     """The gate, shut; open again afterwards whatever happened."""

@@ -147,6 +147,24 @@ def test_scores_of_pictures(client, made, tmp_path):
     assert f"{found['rows'][0]['scores']['brightness']:.4f}" in shown
 
 
+def test_uploads_go_with_their_session(server, tmp_path):
+    host, url = server
+    other = Client(url, verbose=False)
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file, color in zip(files, ("teal", "navy"), strict=True):
+        Image.new("RGB", (8, 8), color).save(file)
+    for data, endpoint in (
+        ((handle_file(files[0]),), "/recipe"),
+        (([handle_file(files[1])], "a cat", ["brightness"]), "/score"),
+    ):
+        other.predict(*data, api_name=endpoint)
+    uploads = host._uploads[other.session_hash]
+    assert sorted(file.name for file in uploads) == ["one.png", "two.png"]
+    assert all(file.is_file() for file in uploads)
+    host.leave(other.session_hash)
+    assert not any(file.exists() for file in uploads)
+
+
 def test_what_is_offered_and_how_long_it_takes(server, client):
     assert {m["name"] for m in client.predict(api_name="/methods")} >= {"fk", "best_of_n"}
     names = {r["name"] for r in client.predict(api_name="/rewards")}
@@ -210,7 +228,7 @@ def test_names_of_uploads_lead_nowhere_else(server, name):
     answer = httpx.post(f"{url}gradio_api/upload", files=file)
     if answer.status_code == 200:
         (path,) = answer.json()
-        assert (host.root / "gradio").resolve() in Path(path).resolve().parents
+        assert host.root.resolve() in Path(path).resolve().parents
     assert [p for p in host.root.parent.glob("evil*")] == []
 
 

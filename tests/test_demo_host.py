@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import struct
 import zlib
@@ -24,10 +25,10 @@ from steering.apps import demo_actions as actions
 from steering.apps import demo_views as views
 from steering.apps.demo_buttons import buttons
 from steering.apps.demo_forms import option_fields, read_options
-from steering.apps.demo_order import Busy, Limits
+from steering.apps.demo_order import COMPOSED, Busy, Limits, Offer, offered_rewards
 from steering.errors import OptionError, RecipeError, SteeringError
 from steering.ledger import Budget
-from steering.method import Cost
+from steering.method import Cost, build_method, method_options
 from steering.recipe import read
 from steering.registry import METHODS
 from steering.stickers.load import FOLDERS
@@ -175,11 +176,11 @@ def test_a_full_queue_and_a_greedy_session_are_told_so(host):
 
 
 def test_the_limit_of_time_ends_a_run_with_its_best_and_says_so():
-    with hosting(seconds=0.4) as host:
+    with hosting(seconds=1.0) as host:
         ticket = ended(host.submit("ann", order(host, nfe=4000, call={})))
         words = views.status(ticket, ticket.live.snapshot(), 0)
     assert ticket.state == "stopped"
-    assert "the limit of 0.4 s was reached" in words
+    assert "the limit of 1 s was reached" in words
     assert ticket.results[0].nfe < 4000
 
 
@@ -225,6 +226,32 @@ def test_a_run_may_not_do_too_much_beside_the_network(host):
     for name in ("nfe", "reward_calls", "decodes"):
         with pytest.raises(OptionError, match="These options need"):
             host.offer.check_cost(replace(most, **{name: 20_000}), Budget(nfe=4000))
+
+
+@pytest.mark.parametrize(
+    ("method", "size"), [("fk", "n_particles=2000"), ("best_of_n", "n=2000"), ("evo", "n_partic")]
+)
+def test_a_population_made_by_the_budget_keeps_to_the_limit_too(host, method, size):
+    large = order(host, method=method, nfe=4000, call={"num_inference_steps": 1})
+    ticket = ended(host.submit("ann", large))
+    assert (ticket.state, ticket.live.nfe) == ("failed", 0)
+    assert size in ticket.error
+    assert "at most 256. Lower the budget (a sample takes 2 network rows)" in ticket.error
+
+
+def test_a_comparison_has_as_many_samples_as_the_limit_allows():
+    with hosting(particles=3) as host:
+        run = order(host, nfe=16, options={"n_particles": 2}, call={"num_inference_steps": 1})
+        compared = ended(host.submit("ann", actions.baseline(run, 16)))
+        assert compared.state == "finished"
+        assert sorted(compared.results[0].summary["slots"]) == [0, 1, 2]
+        few = ended(host.submit("ann", actions.baseline(run, 4)))
+        assert sorted(few.results[0].summary["slots"]) == [0, 1]
+
+
+def test_no_guidance_is_a_choice_and_no_steps_are_none(host):
+    call = order(host, call={"guidance_scale": 0, "num_inference_steps": 0}).call
+    assert (call["guidance_scale"], call["num_inference_steps"]) == (0.0, 20)
 
 
 # --- uploads ------------------------------------------------------------------------------------
@@ -321,14 +348,72 @@ def test_an_edited_picture_is_told_from_its_repeat(host, made, tmp_path):
     assert "The pixels were edited" in words
 
 
+def test_what_was_not_the_same_is_named_before_an_edit_is(host, made, tmp_path):
+    ticket = ended(host.submit("ann", host.offer.repeat(read(made))))
+    Image.new("RGB", (32, 32)).save(tmp_path / "other.png")
+    here, recipe = read(made).engine, read(made)
+    for changes, words in (
+        ({"threads": here["threads"] + 3}, f"threads {here['threads'] + 3} (here"),
+        ({"max_batch": 7}, f"max_batch 7 (here {here['max_batch']})"),
+        ({"deduplicate": not here["deduplicate"]}, "deduplicate"),
+        ({"company": 2}, "other runs shared its batches"),
+    ):
+        other = replace(recipe, engine={**here, **changes})
+        same, said = actions.verdict(tmp_path / "other.png", other, ticket)
+        assert not same
+        assert words in said
+        assert "need not be an edit" in said
+    older = replace(recipe, versions={**recipe.versions, "torch": "1.0"})
+    assert "torch 1.0 (here" in actions.verdict(tmp_path / "other.png", older, ticket)[1]
+    assert "were edited" in actions.verdict(tmp_path / "other.png", recipe, ticket)[1]
+
+
+def test_a_repeat_tells_the_reward_what_the_recipe_told_it(host, made):
+    told = replace(host.offer, rewards=(*host.offer.rewards, "told"))
+    recipe = replace(read(made), reward="told", metadata=[{"times": -3.0}])
+    assert host.offer.repeat(read(made)).metadata is None
+    outcome = ended(host.submit("ann", told.repeat(recipe))).results[0]
+    assert -3.0 < outcome.reward < -0.1
+    assert outcome.recipe["metadata"] == recipe.metadata
+    lost = replace(recipe, metadata=[{"$unavailable": "Tensor (3,)"}])
+    with pytest.raises(RecipeError, match="could not store"):
+        told.repeat(lost)
+    with pytest.raises(RecipeError, match="longer than"):
+        told.repeat(replace(recipe, metadata=["a" * 10**6]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ({"class": "DDIMScheduler", "config": {}}, "its scheduler is DDIMScheduler, this"),
+        ({"config": {"shift": 9.0}}, r"other settings than here \(shift\)"),
+        ("Euler", "Damaged recipe"),
+    ],
+)
+def test_a_recipe_with_another_scheduler_is_refused(host, made, scheduler, words):
+    recipe = read(made)
+    own = recipe.model["scheduler"]
+    if isinstance(scheduler, dict):
+        config = {**own["config"], **scheduler["config"]}
+        scheduler = {**own, **scheduler, "config": config}
+    other = replace(recipe, model={**recipe.model, "scheduler": scheduler})
+    ticket = ended(host.submit("ann", host.offer.repeat(other)))
+    assert (ticket.state, ticket.live.nfe) == ("failed", 0)
+    assert re.search(words, ticket.error)
+
+
 RECIPES = {
-    "address": ({"reward": "remote(url=http://10.0.0.1)"}, "not one this server repeats"),
-    "file": ({"reward": "aesthetic(head=/etc/passwd)"}, "not one this server repeats"),
+    "address": ({"reward": "remote(url=http://10.0.0.1)"}, "not offered by this server"),
+    "file": ({"reward": "aesthetic(head=/etc/passwd)"}, "not offered by this server"),
+    "weights": ({"reward": "clip(pretrained=/etc)"}, "lead to files or addresses"),
+    "judge's weights": ({"heldout": ["clip(pretrained=/etc)"]}, "lead to files or addresses"),
+    "endless": ({"reward": "clip(scale=1" + 600 * "0" + ")"}, "not one that is read"),
+    "options": ({"method": {"name": "fk", "options": [1]}}, "options of its method"),
     "not offered": ({"reward": "jpeg"}, "not offered by this server"),
     "code": ({"reward": "python:os.system"}, "(?i)python"),
     "model": ({"model": {"source": "/etc"}}, "This server offers"),
     "rows": ({"budget": {"nfe": 10**9}}, "nfe must lie in"),
-    "particles": ({"method": {"name": "fk", "options": {"n_particles": 9999}}}, "at most 256"),
+    "particles": ({"method": {"name": "fk", "options": {"n_particles": 999}}}, "at most 256"),
     "steps": ({"call": {"num_inference_steps": 10**6}}, "num_inference_steps must lie in"),
     "many": ({"prompts": ["a"] * 17, "seeds": [0] * 17}, "17 prompts, too many"),
 }
@@ -340,6 +425,98 @@ def test_recipes_from_anywhere_reach_no_further_than_the_form(host, made, name):
     recipe = replace(read(made), **changes)
     with pytest.raises(SteeringError, match=words):
         repeat(host, recipe)
+
+
+EVERY = Offer(rewards=(*offered_rewards(), *COMPOSED))
+"""What an operator offers at most."""
+PATH = "lead to files or addresses"
+REACHING = {
+    "clip(pretrained=/tmp/weights.pt)": PATH,
+    "clip(model=local-dir:/etc)": PATH,
+    "clip(model=hf-hub:a/b)": PATH,
+    "clip(model='/etc')": PATH,
+    "clip(device=cuda:7)": PATH,
+    "imagereward(tokenizer=/etc)": PATH,
+    "pickscore(tokenizer=/etc)": PATH,
+    "pickscore(model=stickers)": PATH,
+    "vqascore(vision=a/b, tokenizer=/etc)": PATH,
+    "vqascore(question='what?')": PATH,
+    "hps3(base=/etc)": PATH,
+    "hps3(rubric=/etc/passwd)": PATH,
+    "videoreward(base=/etc)": PATH,
+    "count(model=/etc)": PATH,
+    "vlm(url=http://127.0.0.1:8000)": PATH,
+    "unified(template=/etc/passwd)": PATH,
+    "remote(url=http://10.0.0.1)": "not offered",
+    "2*brightness - (jpeg + 0.5*clip(pretrained=/etc))/2": PATH,
+    "zsum(clip, aesthetic, calibration=/etc/passwd)": PATH,
+    "zsum(brightness, min(jpeg, aesthetic(head=/etc)))": PATH,
+    "frames(clip(pretrained=/etc), every=2)": PATH,
+    "category(clip, weights=/etc/passwd)": PATH,
+    "category(clip, categories=/etc/passwd)": PATH,
+    "vqascore(batch_size=100000000)": "between -100 and 100",
+    "clip(batch_size=-1000)": "between -100 and 100",
+    "vlm(high=1000)": "between -100 and 100",
+    "clip(scale=1e30)": "between -1000 and 1000",
+    "lexicographic(clip, jpeg, step=nan)": "between -1000 and 1000",
+    " + ".join(["brightness"] * 17): "more than 16 rewards",
+}
+HARMLESS = (
+    "2*clip(model=stickers, scale=100) - brightness/3",
+    "clip(model=ViT-L-14-quickgelu, pretrained=openai)",  # what clip is anyway
+    "diversity(features=clip, batch_size=2)",
+    "hps(antialias=false)",
+    "presence(mode=smooth, threshold=0.5)",
+    "presence(threshold=none)",
+    "unified(max_new_tokens=2048)",
+    "vqascore(precision=fp16)",
+    "frames(min(brightness, jpeg(quality=80)), every=2, reduce=min)",
+)
+
+
+@pytest.mark.parametrize("spec", REACHING)
+def test_rewards_of_a_recipe_lead_to_no_file_and_no_address(made, spec):
+    for change in ({"reward": spec}, {"heldout": [spec]}):
+        with pytest.raises(RecipeError, match=REACHING[spec]):
+            EVERY.repeat(replace(read(made), **change))
+
+
+@pytest.mark.parametrize("spec", HARMLESS)
+def test_numbers_flags_and_choices_of_a_recipe_are_repeated(made, spec):
+    assert EVERY.repeat(replace(read(made), reward=spec)).reward == spec
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"transition": "/etc/passwd"}, "transition='/etc/passwd'"),
+        ({"potential": {"$unavailable": "function"}}, "potential"),
+        ({"guidance": "/etc/passwd"}, "guidance='/etc/passwd'"),
+        ({"guidance": {"preset": "/etc/passwd"}}, "guidance '/etc/passwd' is unknown"),
+        ({"guidance": {"space": "/etc/passwd"}}, "of its guidance"),
+        ({"guidance": {"n_draws": 10**9}}, "n_draws=.* of its guidance"),
+        ({"n_particles": "4"}, "n_particles"),
+        ({"reward_scale": 1e300}, "reward_scale"),
+        ({"checkpoints": ["/etc/passwd"]}, "checkpoints"),
+        ({"checkpoints": [[0.5]]}, "checkpoints"),
+        ({"steps": True}, "steps"),
+    ],
+)
+def test_options_of_a_recipes_method_are_numbers_flags_and_choices(made, options, words):
+    recipe = read(made)
+    method = {"name": "fk", "options": {**recipe.method["options"], **options}}
+    with pytest.raises(RecipeError, match=words):
+        EVERY.repeat(replace(recipe, method=method))
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_methods_own_recipe_is_repeated(made, name):
+    presets = getattr(METHODS.get(name), "presets", {})
+    built = [build_method(name), *(build_method(f"{name}/{p}") for p in presets)]
+    for method in built:
+        options = json.loads(json.dumps(method_options(method)))
+        order = EVERY.repeat(replace(read(made), method={"name": name, "options": options}))
+        assert build_method(name, order.options) == method
 
 
 def repeat(host, recipe):
@@ -371,6 +548,26 @@ def test_every_method_runs_from_its_untouched_form(host, name):
     wrong = [f.name for f in fields if f.kind == "choice" and untouched[f.name] not in f.choices]
     assert wrong == []
     host.offer.method(name, {})
+
+
+PRESETS = [(name, p) for name in METHODS.names() for p in METHODS.get(name).presets]
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_preset_passes_through_the_form_unchanged(name, preset):
+    cls = METHODS.get(name)
+    given = cls.presets[preset]
+    fields = option_fields(cls)
+    shown = {f.name: f.shown(given.get(f.name, f.default)) for f in fields}
+    assert [f.name for f in fields if f.kind == "choice" and shown[f.name] not in f.choices] == []
+    assert build_method(name, read_options(cls, shown)) == build_method(f"{name}/{preset}")
+
+
+def test_a_number_alone_is_a_list_only_where_it_must_be_one():
+    options = {"quota": " 22 ", "level_times": "0.5"}
+    assert read_options(METHODS.get("rbf"), options) == {"quota": 22, "level_times": [0.5]}
+    assert read_options(METHODS.get("rbf"), {"quota": "3, 4"}) == {"quota": [3, 4]}
+    assert read_options(METHODS.get("evo"), {"n_particles": "9"}) == {"n_particles": 9}
 
 
 # --- views --------------------------------------------------------------------------------------
