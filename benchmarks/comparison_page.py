@@ -10,6 +10,7 @@ import numpy as np
 
 Row = dict[str, Any]
 _DRAWS = 4000
+BASES = ("best_of_n", "best_of_n_eta1")
 _HEAD = """# Methods compared at equal network calls
 
 {prompts} held-out sticker prompts, {seeds} seed{s}, budgets of {budgets} network rows a prompt
@@ -28,8 +29,8 @@ is worth without steering.
 ![reward and verdict against rows and seconds]({plot})
 """
 _CELLS = (
-    "method", "reward", "detector", "reward - best_of_n", "detector - best_of_n", "rows",
-    "of them backward", "reward calls", "decodes", "seconds",
+    "method", "seeds", "reward", "detector", "reward - best_of_n", "detector - best_of_n",
+    "reward - best_of_n_eta1", "detector - best_of_n_eta1", "rows", "of them backward", "reward calls", "decodes", "seconds",
 )  # fmt: skip
 
 
@@ -77,22 +78,28 @@ def settings(rows: list[Row]) -> str:
     return f" ({said})" if said else ""
 
 
+def gain(mine: list[Row], other: list[Row], name: str) -> str:
+    """Difference from another method on the same prompts and seeds; empty from itself."""
+    seeds = {row["seed"] for row in mine} & {row["seed"] for row in other}
+    if not seeds or mine is other:
+        return ""
+    ours, theirs = ([row for row in rows if row["seed"] in seeds] for rows in (mine, other))
+    return text(per_prompt(ours, name) - per_prompt(theirs, name))
+
+
 def table(rows: list[Row], nfe: int) -> str:
-    """One budget, best detector verdict first."""
+    """One budget, highest reward first."""
     groups = grouped(rows)
-    base = groups.get(("best_of_n", nfe), [])
     lines = []
     for (method, budget), mine in groups.items():
         if budget != nfe and method != "unsteered":
             continue
-        seeds = {row["seed"] for row in mine}
-        other = [row for row in base if row["seed"] in seeds]
         cells = [f"`{method}`{settings(mine)}" if method != "unsteered" else method]
+        cells.append(str(len(mine)))
         cells += [text(per_prompt(mine, name)) for name in ("reward", "heldout")]
-        for name in ("reward", "heldout"):
-            paired = other and method != "best_of_n" and len(other) == len(mine)
-            gain = per_prompt(mine, name) - per_prompt(other, name) if paired else None
-            cells.append("" if gain is None else text(gain))
+        for base in BASES:
+            other = groups.get((base, nfe), [])
+            cells += [gain(mine, other, name) for name in ("reward", "heldout")]
         for name in ("nfe", "nfe_backward", "reward_calls", "decodes"):
             cells.append(f"{np.mean([row[name] for row in mine]):.0f}")
         cells.append(f"{seconds(mine):.2f}")
@@ -102,7 +109,7 @@ def table(rows: list[Row], nfe: int) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Reward and verdict against rows and seconds; best-of-N is the thick line."""
+    """Reward and verdict against rows and seconds; both kinds of best-of-N are thick lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,9 +127,10 @@ def draw(rows: list[Row], path: Path) -> None:
                 mine = [groups[m, b] for m, b in sorted(groups) if m == method]
                 x = [cost(g) for g in mine]
                 y = [per_prompt(g, measure).mean() for g in mine]
-                thick = method == "best_of_n"
-                axis.plot(x, y, "o-", color="black" if thick else colour, label=method,
-                          linewidth=3.0 if thick else 1.2, markersize=4)  # fmt: skip
+                thick = method in BASES
+                axis.plot(x, y, "o:" if method == BASES[1] else "o-", label=method, markersize=4,
+                          color="black" if thick else colour,
+                          linewidth=3.0 if thick else 1.2)  # fmt: skip
             axis.set(xlabel=title, ylabel=label, xscale="log")
             axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center right", fontsize=8)
