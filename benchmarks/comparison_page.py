@@ -30,7 +30,8 @@ is worth without steering.
 """
 _CELLS = (
     "method", "seeds", "reward", "detector", "reward - best_of_n", "detector - best_of_n",
-    "reward - best_of_n_eta1", "detector - best_of_n_eta1", "rows", "of them backward", "reward calls", "decodes", "seconds",
+    "reward - best_of_n_eta1", "detector - best_of_n_eta1", "rows", "of them backward",
+    "reward calls", "decodes", "seconds",
 )  # fmt: skip
 
 
