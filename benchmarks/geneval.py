@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -189,20 +190,45 @@ def ray(given) -> dict:
 CLAIMS = {f.__name__: f for f in (full, ceiling, kills, throughput, ray)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def run(*, prompts: int, nfe: int) -> dict:
+    """The two claims about speed; the others take their own command."""
+    del prompts, nfe
+    given = parser().parse_args(["throughput", "--prompts", "16", "--images", "2"])
+    found, lines = {"throughput": throughput(given)}, []
+    for name, bar in found["throughput"]["bars"].items():
+        row = found["throughput"][name]
+        lines.append(
+            f"{given.prompts} prompts x {given.images} images together against one at a time, "
+            f"{name}: {row['median']:.2f} ({min(row['ratios']):.2f} to "
+            f"{max(row['ratios']):.2f}; bar: {bar})"
+        )
+    if find_spec("ray") is None:
+        return {**found, "table": "\n".join([*lines, "Ray is not installed: pip install ray"])}
+    found["ray"] = ray(given)
+    over, ratios = found["ray"]["median"], found["ray"]["ray_over_local"]
+    lines.append(f"one Ray worker over this process: {over:.3f} ({min(ratios):.3f} to "
+                 f"{max(ratios):.3f}; bar: {found['ray']['bar']:.2f})")  # fmt: skip
+    return {**found, "table": "\n".join(lines)}
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("claim", choices=CLAIMS)
-    parser.add_argument("--model", default="stickers")
-    parser.add_argument("--nfe", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=553)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--workers", type=int, default=0, help="Ray workers; 0: in this process")
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--out", type=Path, default=Path("out/geneval"))
-    given = parser.parse_args()
+    found.add_argument("claim", choices=CLAIMS)
+    found.add_argument("--model", default="stickers")
+    found.add_argument("--nfe", type=int, default=64)
+    found.add_argument("--steps", type=int, default=8)
+    found.add_argument("--prompts", type=int, default=553)
+    found.add_argument("--images", type=int, default=4)
+    found.add_argument("--workers", type=int, default=0, help="Ray workers; 0: in this process")
+    found.add_argument("--set", action="append", default=[])
+    found.add_argument("--out", type=Path, default=Path("out/geneval"))
+    return found
+
+
+def main() -> None:
+    given = parser().parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     found = CLAIMS[given.claim](given)
     text = json.dumps(found, indent=1, default=str)

@@ -3,7 +3,7 @@
 python -m benchmarks.run [CLAIM ...] [--out DIR] [--prompts N] [--nfe N]
 
 Claims: share, throughput, sequential, methods, rewards, own_share, resize, precision,
-demo_load, growth, peak_memory, previews, prompts_together, cpu_paths.
+demo_load, growth, peak_memory, previews, prompts_together, cpu_paths, geneval.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from benchmarks import (
     cpu_paths,
     demo_load,
+    geneval,
     growth,
     methods,
     own_share,
@@ -47,6 +48,7 @@ CLAIMS = {
     "previews": previews.run,
     "prompts_together": prompts_together.run,
     "cpu_paths": cpu_paths.run,
+    "geneval": geneval.run,
 }
 
 
