@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ async def score(
         SteeringError: an upload, prompt or reward that is refused, a full queue, or why it ended
             before its end.
     """
-    files, offer = check_uploads(paths, host.offer.limits), host.offer
+    offer = host.offer
+    files = await asyncio.to_thread(check_uploads, paths, offer.limits)  # they are decoded
     order = offer.order(
         text,
         model=offer.models[0],
