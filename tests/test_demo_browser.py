@@ -339,7 +339,8 @@ def test_compare_comes_back_after_a_cancel_and_wrong_input(visitor):
     visitor.ready("#compare", "Compare", "#compare-cancel")
 
 
-def test_replay_and_score_come_back_after_an_end_and_an_error(visitor, made, tmp_path):
+def test_replay_and_score_come_back_after_an_end_and_an_error(visitor, server, made, tmp_path):
+    host, _ = server
     damaged = tmp_path / "damaged.png"
     with Image.open(made) as image:  # its recipe names a picture that the run does not make
         write_png(image.convert("RGB"), damaged, replace(read(made), image=7))
@@ -366,16 +367,26 @@ def test_replay_and_score_come_back_after_an_end_and_an_error(visitor, made, tmp
     visitor.tab("Score")
     visitor.at("#score").click()
     visitor.says("Choose 1 to 16 pictures", "#score-status")
-    visitor.ready("#score", "Score")
-    visitor.at("#pictures input[type=file]").set_input_files(made)
+    score, small = ("Score", "#score-cancel"), tmp_path / "small.png"
+    visitor.ready("#score", *score)
+    Image.new("RGB", (8, 8)).save(small)  # another size is another call
+    visitor.at("#pictures input[type=file]").set_input_files([made, small])
     expect(visitor.at("#pictures")).to_contain_text("apple")
     visitor.page.get_by_label("gated").locator("visible=true").check()
     with held() as gate:
         visitor.at("#score").click()
-        visitor.busy("#score", "Scoring ...")
+        visitor.busy("#score", "Scoring ...", "#score-cancel")
+        eventually(lambda: gate.blocked, "a picture is being scored")
+        kept = [t for tickets in list(host._tickets.values()) for t in tickets]
+        (scoring,) = (t for t in kept if t.chore is not None)
+        visitor.at("#score-cancel").click()
+        eventually(scoring.cancel.is_set, "the server knows that it is cancelled")
         gate.open()
+    visitor.says("Cancelled before all was done", "#score-status")
+    visitor.ready("#score", *score)
+    visitor.at("#score").click()
     expect(visitor.at("#score-status table")).to_be_visible()
-    visitor.ready("#score", "Score")
+    visitor.ready("#score", *score)
 
 
 # --- several people -----------------------------------------------------------------------------
