@@ -118,9 +118,9 @@ MUTANTS = (
     Mutant(
         "guided: epf leans by the gradients of before resampling",
         "samplers/epf.py",
-        "                state = yield from self._resample(ctx, state, ahead, i)\n",
+        "                state = yield from self._resample(ctx, state, ahead, i, after[i])\n",
         "                old = state.memory\n"
-        "                state = yield from self._resample(ctx, state, ahead, i)\n"
+        "                state = yield from self._resample(ctx, state, ahead, i, after[i])\n"
         "                state = replace(state, memory=old)\n",
         (_OWN,),
     ),

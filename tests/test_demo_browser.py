@@ -459,8 +459,9 @@ def test_a_closed_tab_takes_its_pictures_and_uploads_along(browser, server, tmp_
     leaving.says("carries its recipe", "#replay-status")
     leaving.tab("Score")
     leaving.at("#pictures input[type=file]").set_input_files([plain])
+    uploads = host._uploads  # a file is on the disk before the page tells whose it is
     eventually(
-        lambda: any(p.name == "plain.png" for p in set(host.root.rglob("*.png")) - before),
+        lambda: any(p.name == "plain.png" for files in list(uploads.values()) for p in files),
         "the picture is there",
     )
     own = set(host.root.rglob("*.png")) - before
@@ -573,6 +574,8 @@ def serious(page) -> list[str]:
     """What axe-core finds wrong and calls serious or critical."""
     from axe_playwright_python.sync_playwright import Axe
 
+    # A button that comes back fades in: its contrast on the way is nobody's.
+    page.wait_for_function("document.getAnimations().every(a => a.playState !== 'running')")
     found = Axe().run(page).response["violations"]
     return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in SERIOUS]
 
