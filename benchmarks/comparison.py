@@ -1,6 +1,6 @@
 """Every method on held-out sticker prompts at equal network calls, resumable; writes a page.
 
-python -m benchmarks.comparison [--prompts 60] [--budgets 32 64 128] [--seeds 3] [--steps 8]
+python -m benchmarks.comparison [--prompts 60] [--budgets 48 80 128] [--seeds 3] [--steps 8]
     [--methods NAME ...] [--rows docs/comparison.jsonl] [--page docs/comparison.md]
 
 The CLIP model is the reward; the detector's verdict is what no search has seen. What already
@@ -111,7 +111,7 @@ def attempt(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[48, 80, 128])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of one sample")
     parser.add_argument("--methods", nargs="+", default=None)
