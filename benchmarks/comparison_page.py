@@ -118,19 +118,20 @@ def draw(rows: list[Row], path: Path) -> None:
 
     groups = grouped(rows)
     methods = sorted({m for m, _ in groups} - {"unsteered"})
-    colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(len(methods), 2)))
+    colours, markers = plt.get_cmap("tab10").colors, "os^Dv"  # pairs tell more lines apart
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharey="row")
     measures = (("reward", "CLIP reward"), ("heldout", "detector verdict (held out)"))
     scales = ((rows_each, "network rows a prompt"), (seconds, "seconds a prompt"))
     for line, (measure, label) in zip(axes, measures, strict=True):
         for axis, (cost, title) in zip(line, scales, strict=True):
-            for colour, method in zip(colours, methods, strict=True):
+            for k, method in enumerate(methods):
+                colour, marker = colours[k % 10], markers[k // 10 + k % 2]
                 mine = [groups[m, b] for m, b in sorted(groups) if m == method]
                 x = [cost(g) for g in mine]
                 y = [per_prompt(g, measure).mean() for g in mine]
                 thick = method in BASES
-                axis.plot(x, y, "o:" if method == BASES[1] else "o-", label=method, markersize=4,
-                          color="black" if thick else colour,
+                axis.plot(x, y, ":" if method == BASES[1] else "-", label=method, markersize=5,
+                          marker=marker, color="black" if thick else colour,
                           linewidth=3.0 if thick else 1.2)  # fmt: skip
             axis.set(xlabel=title, ylabel=label, xscale="log")
             axis.grid(alpha=0.3)
