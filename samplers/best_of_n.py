@@ -17,9 +17,10 @@ from steering.errors import OptionError
 from steering.method import Context, Cost, Plan, as_float64
 from steering.particles import log_mean_exp, normalise
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
+from steering.requests import Decode, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
 from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
+from steering.samplers.guided import led
 
 _CHUNK = 16
 """Samples decoded together: pictures that do not win are not kept."""
@@ -88,14 +89,8 @@ class BestOfN(Sampler):
         x, kernel, lead = ctx.noise(self.n), self.kernel(), self.lead(ctx)
         ratio = torch.zeros(self.n, dtype=torch.float64)
         for i, (t, u) in enumerate(ctx.grid.steps()):
-            if lead is None:
-                prediction = yield Denoise(x, t)
-                x = ctx.move(x, prediction, t, u, kernel, step=i)
-            else:
-                guide, scale = lead
-                step = guide.step(ctx, x, t, u, i, kernel, scale, weighed=self.weighed)
-                x, more = yield from step
-                ratio = ratio + more.to(ratio.device)
+            x, more = yield from led(ctx, x, t, u, i, kernel, lead, weighed=self.weighed)
+            ratio = ratio + more.to(ratio.device)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
         images, reward = yield from self._score(x)
         chosen, log_w, log_z = self._choose(ctx, reward, ratio)

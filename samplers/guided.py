@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from steering.errors import OptionError, unknown_name
-from steering.samplers.guides import GUIDES, Guide
+from steering.method import Context
+from steering.paths import Time
+from steering.requests import Denoise, Request
+from steering.samplers.guides import GUIDES, Guide, Rows
 from steering.transitions import Transition
 
 
@@ -16,6 +22,28 @@ class Lead(NamedTuple):
 
     guide: Guide
     reward_scale: float
+
+
+def led(
+    ctx: Context,
+    x: Tensor,
+    t: Time,
+    u: Time,
+    i: int,
+    kernel: Transition,
+    lead: Lead | None,
+    *,
+    weighed: bool = False,
+    rows: Rows | None = None,
+) -> Generator[Request, Any, tuple[Tensor, Tensor]]:
+    """Step i of x [n, *event], guided where there is a lead: (x_u, log p - log q [n] float64)."""
+    rows = rows or Rows()
+    if lead is None:
+        prediction = yield Denoise(x, t, cond=rows.cond)
+        moved = ctx.move(x, prediction, t, u, kernel, step=i, slots=rows.slots, stream=rows.stream)
+        return moved, torch.zeros(len(x), dtype=torch.float64)
+    guide, scale = lead
+    return (yield from guide.step(ctx, x, t, u, i, kernel, scale, weighed=weighed, rows=rows))
 
 
 def as_guide(value: Guide | str | Mapping[str, Any] | None) -> Guide | None:

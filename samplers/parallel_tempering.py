@@ -30,7 +30,7 @@ from steering.method import Context, Cost, Plan, as_float64
 from steering.noise import blend
 from steering.particles import State
 from steering.registry import METHODS
-from steering.requests import Decode, Denoise, Progress, Request, Run, Score
+from steering.requests import Decode, Progress, Request, Run, Score
 from steering.samplers.base import (
     Sampler,
     afford,
@@ -40,6 +40,7 @@ from steering.samplers.base import (
     refuse_idle,
     within_budget,
 )
+from steering.samplers.guided import led
 from steering.samplers.guides import Guide, Rows
 from steering.samplers.pool import Pool
 from steering.samplers.rollout import require_noise
@@ -280,14 +281,9 @@ class ParallelTempering(Sampler):
                 continue
             if i in keep:
                 memory[f"node/{i}"] = x
-            if lead is None:
-                x = ctx.move(x, (yield Denoise(x, t)), t, u, kernel, step=i, stream=stream)
-                continue
-            guide, scale = lead
-            step = guide.step(
-                ctx, x, t, u, i, kernel, scale, weighed=True, rows=Rows(stream=stream)
+            x, ratio[:, i] = yield from led(
+                ctx, x, t, u, i, kernel, lead, weighed=True, rows=Rows(stream=stream)
             )
-            x, ratio[:, i] = yield from step
         memory["ratio"] = ratio
         images = yield Decode(x)
         scores = yield Score(images, x, final=True)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from steering.method import Context
-from steering.paths import Time
-from steering.requests import Denoise, Request
-from steering.samplers.guided import Lead
+from steering.requests import Request
+from steering.samplers.guided import Lead, led
 from steering.samplers.guides import Rows
 from steering.samplers.tree import ROOT, Tree
 from steering.transitions import Transition
@@ -73,9 +72,11 @@ def roll_out(
             if i in levels and i > r.place:
                 r.states.append(row)
                 r.ratios.append(0.0)
-        x, ratio = yield from _step(ctx, x, t, u, i, kernel, lead, weighed, walking)
-        for r, more in zip(walking, ratio, strict=True):
-            r.ratios[-1] += more
+        rows = Rows([r.slot for r in walking])
+        x, ratio = yield from led(ctx, x, t, u, i, kernel, lead, weighed=weighed, rows=rows)
+        known = lead is None or weighed
+        for r, more in zip(walking, ratio.tolist(), strict=True):
+            r.ratios[-1] += more if known else math.nan
     for r, row in zip(walking, x, strict=True):
         r.states.append(row)
     return rollouts
@@ -86,25 +87,3 @@ def _first(ctx: Context, tree: Tree, rollout: Rollout) -> Tensor:
     if rollout.parent == ROOT:
         return ctx.model.noise(1, ctx.key("init").at(slot=rollout.slot), cond=ctx.cond)
     return tree.stack([rollout.parent]).to(ctx.model.device)
-
-
-def _step(
-    ctx: Context,
-    x: Tensor,
-    t: Time,
-    u: Time,
-    i: int,
-    kernel: Transition,
-    lead: Lead | None,
-    weighed: bool,
-    walking: list[Rollout],
-) -> Generator[Request, Any, tuple[Tensor, list[float]]]:
-    """(x_u, log p - log q of each row)."""
-    slots = [r.slot for r in walking]
-    if lead is None:
-        x = ctx.move(x, (yield Denoise(x, t)), t, u, kernel, step=i, slots=slots)
-        return x, [0.0] * len(x)
-    guide, scale = lead
-    rows = Rows(slots)
-    x, ratio = yield from guide.step(ctx, x, t, u, i, kernel, scale, weighed=weighed, rows=rows)
-    return x, ratio.tolist() if weighed else [math.nan] * len(x)

@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         "dts: noise of a rollout used again",
         "samplers/tree_rollout.py",
-        "slots = [r.slot for r in walking]",
-        "slots = list(range(len(walking)))",
+        "rows = Rows([r.slot for r in walking])",
+        "rows = Rows(list(range(len(walking))))",
         (f"{DTS}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
