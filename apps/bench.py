@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -18,6 +18,19 @@ class Bench:
 
     def __init__(self, device: str | None = None, prompts: Sequence[Any] = ()) -> None:
         self.device, self.prompts = device or "cpu", tuple(prompts)
+
+
+def same_calls(
+    sizes: Sequence[tuple[int, int]],
+    reward: Any,  # noqa: ANN401
+    most: Callable[[tuple[int, int]], int],
+) -> Iterator[list[int]]:
+    """Pictures that go together: ``most`` of one size; all of them where a reward compares."""
+    for size in dict.fromkeys(sizes):
+        group = [k for k, s in enumerate(sizes) if s == size]
+        step = len(group) if compares(reward) else most(size)
+        for start in range(0, len(group), step):
+            yield group[start : start + step]
 
 
 def compares(reward: Any) -> bool:  # noqa: ANN401

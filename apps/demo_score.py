@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from steering.apps import demo_actions as actions
-from steering.apps.bench import compares
+from steering.apps.bench import same_calls
 from steering.apps.demo_engine import Lane
 from steering.apps.demo_order import Limits
 from steering.apps.demo_session import Host
@@ -56,7 +56,7 @@ def score_chore(
         sizes = [open_picture(file).size for file in files]
         for name in names:
             reward = lane.reward(name)
-            for chosen in _calls(sizes, reward):
+            for chosen in same_calls(sizes, reward, _few):
                 yield
                 images = as_tensor([open_picture(files[k]) for k in chosen])
                 with torch.no_grad():
@@ -68,14 +68,9 @@ def score_chore(
     return run
 
 
-def _calls(sizes: Sequence[tuple[int, int]], reward: Any) -> Iterator[list[int]]:  # noqa: ANN401
-    """Pictures that go together: a few of one size; all of them where a reward compares them."""
-    for size in dict.fromkeys(sizes):
-        group = [k for k, s in enumerate(sizes) if s == size]
-        few = max(1, min(_AT_ONCE, _PIXELS // (size[0] * size[1])))
-        step = len(group) if compares(reward) else few
-        for start in range(0, len(group), step):
-            yield group[start : start + step]
+def _few(size: tuple[int, int]) -> int:
+    """Pictures of this size in one call."""
+    return max(1, min(_AT_ONCE, _PIXELS // (size[0] * size[1])))
 
 
 async def score(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from steering.apps.bench import Bench, compares
+from steering.apps.bench import Bench, same_calls
 from steering.errors import OptionError, RewardError, SteeringError
 from steering.rewards.images import as_tensor, open_picture
 from steering.scoring import Reward, Scores, labels, resolve_reward
@@ -88,7 +88,7 @@ def score_files(
         row["valid"] = True
     failures: list[SteeringError] = []
     for name, judge in zip(names, judges, strict=True):
-        for chosen in _calls(sizes, judge, batch_size):
+        for chosen in same_calls(sizes, judge, lambda _: batch_size):
             try:
                 images = as_tensor([open_picture(files[k]) for k in chosen])
                 images = images.to(device) if device else images
@@ -120,17 +120,6 @@ def _asked(judge: Reward, images: Tensor, prompts: list[str | None]) -> Scores:
         raise RewardError(
             f"Reward {judge.name!r} raised {type(error).__name__}: {reason}"
         ) from error
-
-
-def _calls(sizes: Sequence[tuple[int, int]], judge: Any, most: int) -> Iterator[list[int]]:  # noqa: ANN401
-    """Pictures that go together: of one size, and all of them where a reward compares them."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for k, size in enumerate(sizes):
-        groups.setdefault(size, []).append(k)
-    for group in groups.values():
-        step = len(group) if compares(judge) else most
-        for start in range(0, len(group), step):
-            yield group[start : start + step]
 
 
 def _give_up(rows: list[dict[str, Any]], name: str, error: SteeringError) -> None:

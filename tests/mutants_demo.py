@@ -333,9 +333,9 @@ MUTANTS = (
     ),
     Mutant(
         "demo: pictures that are compared are torn apart",
-        "apps/demo_score.py",
-        "step = len(group) if compares(reward) else few",
-        "step = few",
+        "apps/bench.py",
+        "step = len(group) if compares(reward) else most(size)",
+        "step = most(size)",
         (f"{SCORE}test_large_pictures_go_alone_and_those_that_are_compared_together",),
     ),
     Mutant(

@@ -19,9 +19,9 @@ OFFLOAD = f"{MEMORY}test_offload_leaves_the_network_on_the_cpu_unless_a_gradient
 MUTANTS = (
     Mutant(
         "score asks a comparison in batches",
-        "apps/score.py",
-        "step = len(group) if compares(judge) else most",
-        "step = most",
+        "apps/bench.py",
+        "step = len(group) if compares(reward) else most(size)",
+        "step = most(size)",
         (f"{SCORE}test_a_served_comparison_is_asked_about_all_pictures_at_once",),
     ),
     Mutant(
