@@ -25,24 +25,28 @@ class Buttons:
 
     Attributes:
         start: starts a run; ``label`` and ``doing`` are its words before and during one.
-        cancel: stops all runs of the session; None where a run cannot be stopped.
+        cancel: stops all runs of the session.
         going: sessions whose run goes on, for those who use `during`.
     """
 
     start: gr.Button
-    cancel: gr.Button | None
+    cancel: gr.Button
     label: str
     doing: str
     going: set[str] = field(default_factory=set)
 
     def listed(self) -> list[Any]:
-        return [self.start] if self.cancel is None else [self.start, self.cancel]
+        return [self.start, self.cancel]
+
+    def _changes(self, busy: bool) -> list[dict[str, Any]]:
+        """What both say and do while a run goes on, or while none does."""
+        words = self.doing if busy else self.label
+        return [{"value": words, "interactive": not busy}, {"interactive": busy}]
 
     def states(self, busy: bool) -> dict[Any, Any]:
         """Both buttons while a run goes on, and while none does."""
-        words = self.doing if busy else self.label
-        states = [gr.Button(words, interactive=not busy), gr.Button(interactive=busy)]
-        return dict(zip(self.listed(), states, strict=False))
+        states = [gr.Button(**change) for change in self._changes(busy)]
+        return dict(zip(self.listed(), states, strict=True))
 
     def on_press(
         self,
@@ -67,9 +71,7 @@ class Buttons:
         event.failure(None, None, self.listed(), js=self._script(busy=False), **QUIET)
 
     def _script(self, *, busy: bool) -> str:
-        start = {"value": self.doing if busy else self.label, "interactive": not busy}
-        states = [{"__type__": "update", **s} for s in (start, {"interactive": busy})]
-        return f"() => {json.dumps(states[: len(self.listed())])}"
+        return f"() => {json.dumps([{'__type__': 'update', **c} for c in self._changes(busy)])}"
 
     def on_cancel(self, host: Host, status: gr.HTML) -> None:
         """Listens to Cancel."""
@@ -79,7 +81,6 @@ class Buttons:
                 return views.message("Nothing of yours is running.")
             return gr.skip()  # the run itself says how it ended
 
-        assert self.cancel is not None
         self.cancel.click(cancel, None, status, **QUIET)
 
     async def during(
@@ -111,16 +112,14 @@ class Buttons:
         return list(self.states(busy=False).values())
 
 
-def buttons(
-    label: str, doing: str, name: str, *, cancels: str = "", ready: bool = True
-) -> Buttons:
+def buttons(label: str, doing: str, name: str, *, cancels: str, ready: bool = True) -> Buttons:
     """Draws them side by side.
 
     Args:
-        name, cancels: of the elements in the page; no ``cancels``, no Cancel.
+        name, cancels: of the elements in the page.
         ready: whether Start can be pressed from the beginning.
     """
     with gr.Row():
         start = gr.Button(label, variant="primary", elem_id=name, interactive=ready)
-        cancel = gr.Button("Cancel", elem_id=cancels, interactive=False) if cancels else None
+        cancel = gr.Button("Cancel", elem_id=cancels, interactive=False)
     return Buttons(start, cancel, label, doing)
