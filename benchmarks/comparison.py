@@ -76,7 +76,6 @@ def attempt(
     pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int, options: dict
 ) -> Row:
     """All prompts, run together."""
-    chosen: Any = CONTROLS.get(method) or METHODS.get(method)(**options)
     seeds = [1000 * seed + k for k in range(len(texts))]
     row: Row = {
         "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
@@ -85,7 +84,8 @@ def attempt(
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         results = steering.steer(
-            pipe, texts, reward="clip", method=chosen, seed=seeds, heldout="detector",
+            pipe, texts, reward="clip", method=CONTROLS.get(method, method), options=options,
+            seed=seeds, heldout="detector",
             nfe=None if method == UNSTEERED else nfe, num_inference_steps=steps,
         )  # fmt: skip
     except BudgetError as error:

@@ -174,20 +174,19 @@ def widening(texts: list[str], particles: int) -> dict:
     Of each text's particles alone, and of all texts' in one call, called as the demo calls them.
     One thread's CPU time, which other programs disturb little; on a GPU wall time.
     """
-    conds = [c for c in range(len(texts)) for _ in range(particles)]
+    rows = torch.arange(len(texts) * particles)
     pipe, call = steering.load("stickers"), call_defaults("stickers")
     rates: dict[str, list[float]] = {}
     with one_thread(), steering.wrap(pipe, name="stickers", prompt=texts, **call) as model:
         now = clock(model.device)
-        x, middle = model.noise(len(conds), steering.NoiseKey(0)), len(model.grid().times) // 2
+        x, middle = model.noise(len(rows), steering.NoiseKey(0)), len(model.grid().times) // 2
         t = model.grid().times[middle]
-        own = [[k for k, c in enumerate(conds) if c == cond] for cond in range(len(texts))]
         for repeat in range(LOOKS + 1):
-            for parts in (own, [list(range(len(conds)))]):
+            for parts in (rows.split(particles), (rows,)):
                 before = model.rows
                 started = now()
-                for rows in parts:
-                    model.predict(x[rows], t, cond=[conds[r] for r in rows])
+                for part in parts:
+                    model.predict(x[part], t, cond=(part // particles).tolist())
                 seconds = now() - started
                 spent = model.rows - before
                 if repeat:

@@ -37,9 +37,10 @@ _KEY = re.compile(r"([A-Za-z_]\w*)\s*=\s*")
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _BARE = re.compile(r"[^,()'\"]+")
 _SAFE = re.compile(r"[\w./:@+\\~-]+")
+_LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/[\w./-]*)?")
+
 Check = Callable[[str, Any, Mapping[str, Any]], None]
 """Is told (name, what is registered under it, options as read) and raises what it refuses."""
-_LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/[\w./-]*)?")
 
 
 def as_reward(obj: object, *, allow_python: bool = True, check: Check | None = None) -> Reward:
