@@ -105,10 +105,11 @@ def test_progress_of_a_run(server, client):
 def test_cancel_stops_the_callers_runs_only(server, client):
     other = Client(server[1], verbose=False)
     with held() as gate:
-        jobs = [
-            c.submit(**{**RUN, "nfe": 240, "rewards": {"gated": 1.0}}, api_name="/steer")
-            for c in (client, other)
-        ]
+        order = {**RUN, "nfe": 240, "rewards": {"gated": 1.0}}
+        # One after the other: two that come at once may be started together.
+        jobs = [client.submit(**order, api_name="/steer")]
+        eventually(lambda: len(server[0]._running) == 1, "the first one runs")
+        jobs.append(other.submit(**order, api_name="/steer"))
         eventually(lambda: len(server[0]._running) == 1 and server[0].load[1] == 1, "both are in")
         assert client.predict(api_name="/cancel") == 1
         gate.open()
