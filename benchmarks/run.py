@@ -3,7 +3,7 @@
 python -m benchmarks.run [CLAIM ...] [--out DIR] [--prompts N] [--nfe N]
 
 Claims: share, throughput, sequential, methods, rewards, own_share, resize, precision,
-demo_load, growth, peak_memory, previews, prompts_together, cpu_paths, geneval.
+demo_load, growth, peak_memory, previews, prompts_together, cpu_paths, attention, geneval.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import (
+    attention,
     cpu_paths,
     demo_load,
     geneval,
@@ -48,6 +49,7 @@ CLAIMS = {
     "previews": previews.run,
     "prompts_together": prompts_together.run,
     "cpu_paths": cpu_paths.run,
+    "attention": attention.run,
     "geneval": geneval.run,
 }
 

@@ -6,6 +6,7 @@ from mutant import Mutant
 
 NOISE = "tests/test_noise.py"
 TWICE = "tests/test_duplicates.py"
+SHORT = "tests/test_kernels_short_attention.py"
 
 MUTANTS = (
     Mutant(
@@ -115,5 +116,26 @@ MUTANTS = (
             "tests/test_kernels_network.py::"
             "test_the_memory_format_changes_no_picture_and_only_the_autoencoder",
         ),
+    ),
+    Mutant(
+        "short attention: later calls are left to the fused kernel",
+        "kernels/short_attention.py",
+        "            with sdpa_kernel(SDPBackend.MATH):\n                yield",
+        "            yield",
+        (f"{SHORT}::test_the_watched_call_gives_the_bits_of_later_ones",),
+    ),
+    Mutant(
+        "short attention: keys are not counted",
+        "kernels/short_attention.py",
+        "max(query.shape[-2], key.shape[-2])",
+        "query.shape[-2]",
+        (f"{SHORT}::test_longer_sequences_are_left_to_torch",),
+    ),
+    Mutant(
+        "short attention: one call decides for none after it",
+        "kernels/short_attention.py",
+        "(self.longest or 0) > SHORT",
+        "self.longest is None",
+        (SHORT,),
     ),
 )

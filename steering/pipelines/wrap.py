@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from steering.errors import OptionError, PipelineError
 from steering.grids import Grid
+from steering.kernels.short_attention import ShortAttention
 from steering.noise import NoiseKey
 from steering.paths import Path, Prediction, Time, Times
 from steering.pipelines.decoding import Listener, learn
 from steering.pipelines.frame import Frame
+from steering.pipelines.frozen import frozen
 from steering.pipelines.idioms import require_drivable
 from steering.pipelines.meter import Meter, denoisers
 from steering.pipelines.plan import Plan, make_plan, mixing_agrees, probe_costs, stand_ins
@@ -100,6 +102,7 @@ class WrappedPipeline:
         self.event_shape = self._script.event_shape
         self.device = self._script.device
         self.dtype: torch.dtype = getattr(next(iter(networks.values())), "dtype", torch.float32)
+        self._attention = ShortAttention(self.device, self.dtype)
         self._mixed = self._asked = mixed_times
         self._found_plan: Plan | None = None
         self._wide_noise: bool | None = None
@@ -241,7 +244,8 @@ class WrappedPipeline:
         x = (x if grad else x.detach()).to(self.device)
         order: list[int] = []
         outs = []
-        with self._meter.on(), frozen(self.pipe, grad):
+        attention = self._attention() if grad else nullcontext()
+        with self._meter.on(), frozen(self.pipe, grad), attention:
             for rows in self._split(times, conds):
                 query = self._script.query(_take(x, rows), [times[r] for r in rows])
                 outs.append(self._script.ask(tuple(conds[r] for r in rows), query, grad))
@@ -380,22 +384,6 @@ class WrappedPipeline:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-@contextmanager
-def frozen(pipe: Any, grad: bool) -> Iterator[None]:
-    """No parameter of the pipeline joins a graph made inside: that would keep every layer's input
-    for derivatives that nobody asks for."""
-    parts = pipe.components.values() if grad else ()
-    modules = [part for part in parts if isinstance(part, torch.nn.Module)]
-    live = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in live:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in live:
-            parameter.requires_grad_()
 
 
 def _take(x: Tensor, rows: Sequence[int]) -> Tensor:
