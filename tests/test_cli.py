@@ -162,7 +162,8 @@ def test_recipe_round_trips(made):
 
 def test_compare_draws_all_methods(capsys, tmp_path):
     words = ["compare", PROMPT, "--nfe", "24", "--heldout", "detector", "--out", str(tmp_path)]
-    code, out, _ = run(capsys, *words, "--json", *FAST, "--set", "n_particles=2")  # of fk only
+    words += ["--dtype", "float32", "--json"]
+    code, out, _ = run(capsys, *words, *FAST, "--set", "n_particles=2")  # of fk only
     rows = json.loads(out.strip().splitlines()[-1])["rows"]
     assert code == 0
     assert [r["method"] for r in rows] == ["unsteered", "best_of_n", "fk"]

@@ -163,7 +163,10 @@ def states(model, n=2):
 
 
 def test_the_memory_format_changes_no_picture_and_only_the_autoencoder():
-    pipes = {f: steering.load("stickers-sd", channels_last=f) for f in ("auto", True, False)}
+    pipes = {
+        f: steering.load("stickers-sd", dtype="float32", channels_last=f)
+        for f in ("auto", True, False)
+    }
     last = {
         name: {
             part: any(
