@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,12 +106,19 @@ class Placed:
 @contextmanager
 def at_work(net: Net, *, offload: bool) -> Iterator[None]:
     """The network on its device, and back on the CPU afterwards where asked."""
-    net.model.to(net.device)
+    if not is_at(net.model, net.device):
+        net.model.to(net.device)
     try:
         yield
     finally:
         if offload:
             net.model.to("cpu")
+
+
+def is_at(module: torch.nn.Module, device: torch.device) -> bool:
+    """Whether all of a module is there already: ``to`` takes milliseconds to find that out."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return all(tensor.device == device for tensor in tensors)
 
 
 def as_features(found: Any) -> Tensor:  # noqa: ANN401

@@ -16,6 +16,7 @@ from steering.batch import out_of_memory
 from steering.errors import RewardError
 from steering.rewards import as_reward
 from steering.rewards.memory import RewardMemoryError, in_batches
+from steering.rewards.networked import Placed, at_work
 from tests import tiny_detectors, tiny_judges
 from tests.tiny_rewards import OPEN_CLIP, open_clip_weights, pictures, seeded, tensor
 
@@ -182,13 +183,29 @@ def test_offload_leaves_the_network_on_the_cpu_unless_a_gradient_follows(rewards
     with mock.patch.object(torch.nn.Module, "to", to):
         with torch.no_grad():
             first = asked(plain, x, "apple")
-            assert moves == ["cpu"]  # where the images are, in case another reward took it away
+            assert moves == []  # it is where the images are
             assert torch.equal(asked(reward, x, "apple"), first)
-            assert moves == ["cpu"] * 3
+            assert moves == ["cpu"]
         if kind in GRADIENT:
             asked(reward, x.requires_grad_(), "apple")
-            assert moves == ["cpu"] * 4
+            assert moves == ["cpu"]
         moves.clear()
         reward.for_model(None)
         assert moves == ["cpu"]
     assert reward.measures == plain.measures
+
+
+def test_a_network_that_is_in_its_place_is_not_moved_there_again():
+    """``to`` walks all layers: milliseconds a call, beside a reward that takes not many more."""
+    here = torch.device("cpu")
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    moves = []
+    with mock.patch.object(module, "to", moves.append):
+        with at_work(Placed(model=module, device=here), offload=False):
+            assert moves == []
+        module[1].running_mean = torch.empty(2, device="meta")  # half-way, as after an interrupt
+        with at_work(Placed(model=module, device=here), offload=False):
+            assert moves == [here]
+        with at_work(Placed(model=module, device=here), offload=True):
+            pass
+    assert moves == [here, here, "cpu"]

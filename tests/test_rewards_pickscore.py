@@ -112,15 +112,15 @@ def test_offload_moves_the_network_only_when_no_gradient_can_follow(folder, monk
     monkeypatch.setattr(net.model, "to", lambda where: moves.append(str(where)))
     images = tensor(pictures(2))
     reward(images, "a")
-    assert moves == ["cpu", "cpu"]
+    assert moves == ["cpu"]
     reward(images.requires_grad_(), "a")
-    assert moves == ["cpu", "cpu", "cpu"]
+    assert moves == ["cpu"]
     with torch.no_grad():
         reward(images, "a")
-    assert len(moves) == 5
+    assert len(moves) == 2
     with pytest.raises(KeyError), at_work(net, offload=True):
         raise KeyError
-    assert len(moves) == 7
+    assert len(moves) == 3
 
 
 def test_long_prompts_warn(folder):
