@@ -1,7 +1,8 @@
 """Every method on held-out sticker prompts at equal network calls, resumable; writes a page.
 
 python -m benchmarks.comparison [--prompts 60] [--budgets 48 80 128] [--seeds 3] [--steps 8]
-    [--methods NAME ...] [--rows docs/comparison.jsonl] [--page docs/comparison.md]
+    [--methods NAME ...] [--dtype float32] [--rows docs/comparison.jsonl]
+    [--page docs/comparison.md]
 
 The CLIP model is the reward; the detector's verdict is what no search has seen. What already
 stands in the file of rows is not run again, so a stopped run goes on where it was.
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of one sample")
     parser.add_argument("--methods", nargs="+", default=None)
+    parser.add_argument("--dtype", default="float32", help="one for all rows of a table")
     parser.add_argument("--rows", type=Path, default=Path("docs/comparison.jsonl"))
     parser.add_argument("--page", type=Path, default=None, help="write this page and its plot")
     given = parser.parse_args()
@@ -123,7 +125,8 @@ def main() -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
     rows = read(store)
     done = {key_of(row) for row in rows}
-    pipe, texts = steering.load("stickers"), sticker_prompts("heldout", n=given.prompts, seed=0)
+    pipe = steering.load("stickers", dtype=given.dtype)
+    texts = sticker_prompts("heldout", n=given.prompts, seed=0)
     wanted = [
         (method, nfe, seed)
         for seed in range(given.seeds)

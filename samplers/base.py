@@ -273,18 +273,18 @@ def fit_population(method: M, plan: Plan, default: int) -> M:
 def checkpoint_steps(
     grid: Grid, fractions: Sequence[float], noise_levels: Sequence[float] | None = None
 ) -> list[int]:
-    """Step indices at fractions of the steps made, sorted, without the last step.
+    """Step indices at fractions of the steps made, sorted, without the quiet ones at the end.
 
     Where ``noise_levels`` are given, they say it instead: shares sigma / (alpha + sigma).
 
-    The last step adds no noise: copies made before it would be delivered as copies, and the
-    finished samples are scored right after it.
+    The last step adds no noise, and some grids have one before it that adds hardly any: copies
+    made there would be delivered as copies, and the finished samples are scored right after it.
     """
     if noise_levels is not None:
         steps = {grid.index_of_sigma(share) for share in noise_levels}
     else:
         steps = {grid.nearest(fraction) for fraction in fractions}
-    return sorted(i for i in steps if i < len(grid) - 1)
+    return sorted(i for i in steps if i < grid.quiet)
 
 
 def check_levels(method: Sampler, option: str, grid: Grid, steps: Sequence[int]) -> None:
@@ -310,14 +310,14 @@ def check_levels(method: Sampler, option: str, grid: Grid, steps: Sequence[int])
     if levels and not steps and levels != usual:
         raise OptionError(
             f"{method.name}: {option}={levels} leave no step of a grid of {len(grid)}: they round "
-            f"to its last step, which adds no noise, or to its end. {_room(option, grid)} Move "
+            f"to its last steps, which add no noise, or to its end. {_room(option, grid)} Move "
             "them towards the noise, take more steps, or pass ()."
         )
 
 
 def _room(option: str, grid: Grid) -> str:
     """The last level at which something can be judged before the end."""
-    step = len(grid) - 2
+    step = grid.quiet - 1
     if step < 0:
         return "No share is usable here."
     if option != "noise_levels":

@@ -87,11 +87,11 @@ class CoDe(Branches):
         return min(len(grid) - 1, len(grid) - grid.nearest(self.strength))
 
     def cut(self, grid: Grid) -> list[Segment]:
-        begin, end, quiet = self.begin(grid), len(grid), grid.nearest(self.start)
+        begin, end, start = self.begin(grid), len(grid), grid.nearest(self.start)
         if self.block_mode == "single":
-            return single_steps(grid, max(begin, quiet - 1), self.block, begin)
-        stops = range(begin + self.block, end - 1, self.block)
-        nodes = [begin, *[i for i in stops if i >= quiet], end]
+            return single_steps(grid, max(begin, start - 1), self.block, begin)
+        stops = range(begin + self.block, grid.quiet, self.block)
+        nodes = [begin, *[i for i in stops if i >= start], end]
         return [Segment(a, b, branched=True) for a, b in pairwise(nodes)]
 
     def fan(self) -> int:

@@ -86,7 +86,7 @@ class DAS(Twisted):
         if self.tempering == "adaptive":
             temper = raise_temper(state, state.memory["rho"], previous, self.ess_threshold)
             return temper, temper  # the next one is not known yet
-        steps = len(grid) - 1  # the last adds no noise
+        steps = grid.quiet  # those after add no noise
         return self.schedule(i, steps), self.schedule(i + 1, steps)
 
     def shift(

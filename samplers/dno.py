@@ -36,7 +36,6 @@ class DNO(NoiseOptimisation):
     variables: Literal["initial", "all"] = "all"
     eta: float = 1.0
     optimizer: Literal["sgd", "adam"] = "adam"
-    lr: float | None = 0.01
     clip: float | None = 1.0
     regulariser: Literal["radius", "probability", "none"] = "probability"
     reg_weight: float = 1.0

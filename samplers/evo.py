@@ -167,9 +167,9 @@ class Evo(Sampler):
     def nodes(self, grid: Grid) -> list[int]:
         """The node that each generation after the first starts from.
 
-        The last step adds no noise, so nothing is started there.
+        Quiet steps add no noise, so nothing is started there.
         """
-        return [max(0, min(grid.nearest(s), len(grid) - 2)) for s in self.schedule]
+        return [max(0, min(grid.nearest(s), grid.quiet - 1)) for s in self.schedule]
 
     def cost(self, plan: Plan) -> Cost:
         sizes, starts = self.sizes(), [0, *self.nodes(plan.grid)]

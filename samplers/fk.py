@@ -153,6 +153,11 @@ class FK(Sampler):
         refuse_idle(self, "mode='authors'", *idle)
         if self.damping == "measured":
             raise OptionError("fk: mode='authors' damps nothing; leave damping out.")
+        if self.potential not in ("difference", "max", "sum"):
+            raise OptionError(
+                "fk: mode='authors' knows the potentials difference, max and sum, got "
+                f"{self.potential!r}; mode='exact' takes any."
+            )
 
     @property
     def weighed(self) -> bool:
@@ -236,14 +241,15 @@ class FK(Sampler):
     def _potential(self, history: Tensor) -> Tensor:
         rule = POTENTIALS[self.potential] if isinstance(self.potential, str) else self.potential
         phi = rule(history)
-        if phi.shape != history[-1].shape:
+        if not isinstance(phi, Tensor) or phi.shape != history[-1].shape:
+            got = f"shape {tuple(phi.shape)}" if isinstance(phi, Tensor) else repr(phi)
             raise OptionError(
                 f"fk: the potential must return one number per particle, {len(history[-1])} in "
-                f"all, got shape {tuple(phi.shape)}."
+                f"all as a tensor, got {got}."
             )
         if bool((torch.isnan(phi) | torch.isposinf(phi)).any()):
             raise OptionError(f"fk: the potential returned {phi.tolist()}: NaN or +inf.")
-        return phi
+        return lift(phi)
 
     def _resample(self, ctx: Context, state: State, history: Tensor, i: int) -> Run:
         """Resamples if the rule says so; the reward history moves with its particles."""

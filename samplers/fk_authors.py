@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError
 from steering.method import Context, as_float64
 from steering.requests import Decode, Denoise, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
@@ -28,8 +27,6 @@ _ESS = 0.5
 def run_authors(fk: FK, ctx: Context) -> Run:
     """The loop of the reference implementation for potentials difference, max and sum."""
     assert fk.n_particles is not None
-    if fk.potential not in ("difference", "max", "sum"):
-        raise OptionError("fk: mode='authors' knows the potentials difference, max and sum.")
     n, grid, kernel = fk.n_particles, ctx.grid, fk.kernel()
     checkpoints = {*fk.checkpoint_steps(grid), len(grid) - 1}
     x = ctx.noise(n)

@@ -176,8 +176,9 @@ class Guide:
         return self.rho > 0.0 or self.mu > 0.0
 
     def guided_steps(self, grid: Grid, *, weighed: bool = False) -> range:
-        """The steps that are guided; where weights are kept, never the last: it has no density."""
-        last = len(grid) - 1 if weighed else len(grid)
+        """The steps that are guided; where weights are kept, no quiet one: the last has
+        no density, and others would be shifted by many of their standard deviations."""
+        last = grid.quiet if weighed else len(grid)
         return range(grid.nearest(self.start), min(grid.nearest(self.stop), last))
 
     def charges(

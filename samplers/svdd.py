@@ -50,15 +50,15 @@ class SVDD(Branches):
 def single_steps(grid: Grid, begin: int, every: int, first: int = 0) -> list[Segment]:
     """Branched single steps begin, begin + every, ..., plain steps between them.
 
-    The candidates of the last branched step before the end walk the noiseless last step too:
+    The candidates of the last branched step before the end walk the quiet steps there, too:
     it makes their estimate the sample, which is then judged once instead of twice.
     """
-    end = len(grid)
+    end, quiet = len(grid), grid.quiet
     segments, done = [], first
-    for i in range(begin, end - 1, every):
+    for i in range(begin, quiet, every):
         if i > done:
             segments.append(Segment(done, i, branched=False))
-        done = i + 1 if i + 1 < end - 1 else end
+        done = i + 1 if i + 1 < quiet else end
         segments.append(Segment(i, done, branched=True))
     if done < end:
         segments.append(Segment(done, end, branched=False))

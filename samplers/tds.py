@@ -120,8 +120,9 @@ class Twisted(Sampler):
         return super().levels(model)
 
     def twisted_steps(self, grid: Grid) -> range:
-        """The steps that are twisted; the last adds no noise, so it has no density."""
-        return range(min(grid.nearest(self.start), len(grid) - 1), len(grid) - 1)
+        """The steps that are twisted: no quiet ones. The last has no density, and where hardly
+        any noise is added a shift that the score makes is many of its standard deviations."""
+        return range(min(grid.nearest(self.start), grid.quiet), grid.quiet)
 
     def cost(self, plan: Plan) -> Cost:
         n = self.n_particles or 1

@@ -6,6 +6,7 @@ A grid is a tuple of :class:`~steering.paths.Time`; the pipeline's own grid carr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,9 @@ import torch
 
 from steering.errors import OptionError
 from steering.paths import Linear, Path, Time
+
+_QUIET = 0.02
+"""A noise share, sigma / (alpha + sigma), at which a sample is as good as finished."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,16 @@ class Grid:
         """Pairs (from, to), noisiest first."""
         return pairwise(self.times)
 
+    @functools.cached_property
+    def quiet(self) -> int:
+        """The first step that ends with hardly any noise: copies made from there on stay copies.
+
+        The last one, as a rule; the one before it where a schedule comes to its smallest noise
+        level before it comes to none, as those of flow models do (SD3: 0.001).
+        """
+        u = self.times[-2]
+        return len(self) - 1 - (u.sigma <= _QUIET * (u.alpha + u.sigma) and len(self) > 1)
+
     def nearest(self, fraction: float) -> int:
         """The step index at which the given fraction of all steps has been made."""
         return min(len(self), max(0, math.floor(fraction * len(self) + 0.5)))
@@ -50,7 +64,8 @@ class Grid:
     def index_of_sigma(self, noise_fraction: float) -> int:
         """The first node whose noise share sigma / (alpha + sigma) is at or below the value."""
         for i, time in enumerate(self.times):
-            if time.sigma <= noise_fraction * (time.alpha + time.sigma):
+            # A node that was asked for by its share counts, however that was rounded.
+            if time.sigma <= (1.0 + 1e-9) * noise_fraction * (time.alpha + time.sigma):
                 return i
         return len(self)
 

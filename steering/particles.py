@@ -98,8 +98,9 @@ def normalise(log_w: Tensor) -> Tensor:
 
 
 def ess(log_w: Tensor) -> float:
-    """Effective sample size 1 / sum W^2, between 1 and n."""
-    return float(1.0 / normalise(log_w).square().sum())
+    """Effective sample size 1 / sum W^2, between 1 and n; of equal weights n, however rounded."""
+    size, n = float(1.0 / normalise(log_w).square().sum()), len(log_w)
+    return float(n) if size > n * (1.0 - 1e-12) else size
 
 
 def log_mean_exp(log_w: Tensor) -> float:

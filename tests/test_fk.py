@@ -114,7 +114,13 @@ def check_law(results, log_z: float, f, mean: float, allowance: float = 4.0) -> 
     assert abs(float(v.mean()) - mean) < bound
 
 
+def floored(rho):
+    """Gives particles below a level up, or so it says."""
+    return rho[-1].masked_fill(rho[-1] < -0.5, float("-inf"))
+
+
 RULES = [
+    (floored, "always"),
     *[(p, rule) for p in ("difference", "max", "sum", mean_rho) for rule in ("ess", "always")],
     ("difference", "never"),
     ("none", "ess"),
@@ -578,3 +584,32 @@ def test_draws_that_a_network_cannot_give_are_refused_before_it_is_asked() -> No
 
 def test_the_authors_mode_claims_no_target() -> None:
     assert (FK().target, FK(mode="authors").target) == ("tilted", "heuristic")
+
+
+def test_the_authors_mode_refuses_potentials_it_does_not_know_when_it_is_made() -> None:
+    for potential in ("none", mean_rho):
+        with pytest.raises(OptionError, match="knows the potentials difference, max and sum"):
+            FK(mode="authors", potential=potential)
+
+
+def test_a_potential_that_returns_no_tensor_is_named() -> None:
+    method = FK(n_particles=2, potential=lambda rho: rho[-1].tolist())
+    with pytest.raises(
+        OptionError, match=r"one number per particle, 2 in all as a tensor, got \["
+    ):
+        steer(line(), LINE, method)
+
+
+def test_no_copies_are_delivered_where_the_grid_comes_to_its_smallest_level_before_none() -> None:
+    """SD3's own four steps end at noise 0.001, then 0: what is resampled there stays a copy."""
+    pipe = steering.load("stickers", dtype="float32")
+    method = FK(
+        n_particles=4, reward_scale=200.0, resample="always", checkpoints=(0.25, 0.5, 0.75)
+    )
+    result = steering.steer(
+        pipe, "a photo of a dog", reward="clip", method=method, num_inference_steps=4
+    )
+    assert [e["checkpoint"] for e in result.trace.events if "ancestors" in e] == [1]
+    x = result.samples.flatten(1)
+    apart = torch.cdist(x, x)[torch.triu_indices(4, 4, 1).unbind()] / x.norm(dim=1).mean()
+    assert float(apart.min()) > 0.05

@@ -22,6 +22,7 @@ from steering.grids import (
     uniform,
 )
 from steering.paths import VE, VP, Cosine, Linear
+from steering.samplers.base import checkpoint_steps
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -167,3 +168,27 @@ def test_karras_levels_are_the_same_on_every_path() -> None:
     known = [t / (1 - t) for t in karras(6, sigma_max=10.0)[:-1]]
     for found in ratios:
         assert found == pytest.approx(known, rel=1e-6)
+
+
+def test_a_node_is_found_by_its_own_share_however_it_was_rounded():
+    for n in range(2, 60):
+        grid = on_path(Linear(), uniform(n))
+        for i in range(1, n):
+            assert grid.index_of_sigma((n - i) / n) == i
+
+
+@pytest.mark.parametrize(
+    ("times", "quiet"),
+    [
+        ((1.0, 0.0), 0),
+        ((1.0, 0.5, 0.0), 1),
+        ((1.0, 0.001, 0.0), 0),
+        ((1.0, 0.667, 0.334, 0.001, 0.0), 2),  # SD3's own, four steps
+        ((1.0, 0.75, 0.5, 0.25, 0.0), 3),
+        ((1.0, 0.03, 0.02, 0.01, 0.0), 2),  # finely spaced: only what comes last
+    ],
+)
+def test_the_quiet_steps_of_a_grid(times, quiet):
+    grid = on_path(Linear(), times)
+    assert grid.quiet == quiet
+    assert checkpoint_steps(grid, [i / len(grid) for i in range(len(grid))]) == list(range(quiet))

@@ -306,3 +306,36 @@ def test_starts_that_hold_a_picture_are_not_judged_as_noise():
     assert model.rows == 0
     free = ReNO(n_iterations=2, regulariser="none")
     assert steering.steer(model, reward=reward, method=free).ledger.nfe_backward > 0
+
+
+def test_fewer_iterations_take_longer_steps_within_bounds():
+    """Published: lr 5 for 50 iterations at d = 16,384, and Adam's 0.01 for 100."""
+    d = 16384
+    lrs = [ReNO(n_iterations=k)._lr(d) for k in (2, 8, 20, 50, 200)]
+    assert lrs[0] == 5.0 * 16
+    assert lrs[3:] == [5.0, 5.0]
+    assert lrs == sorted(lrs, reverse=True)
+    assert ReNO(n_iterations=50)._lr(d // 4) == 2.5
+    slow = [ReNO(n_iterations=k, momentum=0.0)._lr(d) for k in (8, 50)]
+    assert slow == pytest.approx([5.0 * 7.0, 5.0])  # 49 steps against 7
+    adam = [DNO(n_iterations=k)._lr(d) for k in (2, 34, 100, 500)]
+    assert adam == pytest.approx([0.05, 0.03, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_short_runs_can_go_as_far_as_the_published_ones(momentum):
+    """Along one direction, by torch's own optimiser."""
+
+    def distance(k):
+        method = ReNO(n_iterations=k, momentum=momentum)
+        z = torch.zeros(1, 2, requires_grad=True)
+        optimiser = torch.optim.SGD(
+            [z], lr=method._lr(16384), momentum=momentum, nesterov=momentum > 0.0
+        )
+        for _ in range(k - 1):
+            z.grad = torch.tensor([[-1.0, 0.0]])
+            optimiser.step()
+        return float(z[0, 0])
+
+    assert distance(30) == pytest.approx(distance(50), rel=1e-5)
+    assert distance(12) == pytest.approx(distance(50), rel=1e-5)

@@ -184,3 +184,9 @@ def test_a_particle_without_weight_stays_so_and_spoils_no_other() -> None:
 def test_all_weights_zero_is_an_error(act) -> None:
     with pytest.raises(SteeringError, match="All 3 particles have weight zero"):
         act(torch.full((3,), -math.inf, dtype=torch.float64))
+
+
+def test_equal_weights_are_all_effective() -> None:
+    """However 1 / n is rounded: with a threshold of 1 they must not count as depleted."""
+    assert all(ess(torch.full((n,), -0.3).double()) == n for n in range(1, 400))
+    assert ess(torch.tensor([0.0, 1e-3]).double()) < 2.0
