@@ -66,6 +66,7 @@ class Auto(Sampler):
     paper: ClassVar[str] = "rules from published reward tensors; see docs/methods.md"
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = True
     unguided: ClassVar[str | None] = None

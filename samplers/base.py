@@ -116,6 +116,8 @@ class Sampler:
         "its steps are written without it. Use a method whose steps can lean, such as fk."
     )
     """Why steps of this method cannot be guided and what to do instead; None where they can."""
+    remembers: ClassVar[bool] = False
+    """Whether it compares rewards of different calls, so that they must mean the same."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance", as_guide(self.guidance))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -88,7 +89,10 @@ class BestOfMajority(Sampler):
         if self.n is not None and self.n < 1:
             raise OptionError(f"best_of_majority: n must be at least 1, got {self.n}.")
         if self.k < 1 or (self.n is not None and self.k > self.n):
-            raise OptionError(f"best_of_majority: k must lie in 1..n, got k={self.k}, n={self.n}.")
+            raise OptionError(
+                f"best_of_majority: k must lie in 1..n, got k={self.k}, n={self.n}. Lower k, or "
+                "raise n (or the budget that n is made from)."
+            )
         if self.min_frequency is not None and not 0.0 <= self.min_frequency <= 1.0:
             raise OptionError(
                 f"best_of_majority: min_frequency is a share in [0, 1], got {self.min_frequency}."
@@ -123,7 +127,7 @@ class BestOfMajority(Sampler):
             x = yield from walk(ctx, x, kernel, start=i, stop=i + 1, lead=lead)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
         pictures, rewards = [], []
-        for part in x.split(_CHUNK):
+        for part in x.split(_CHUNK if ctx.plan.stationary else len(x)):
             images = yield Decode(part)
             scores = yield Score(images, part, final=True)
             pictures.append(images)
@@ -195,9 +199,9 @@ def _shares(values: Any, n: int) -> Tensor:  # noqa: ANN401
 
 def _labels(values: Any) -> Sequence[Any]:  # noqa: ANN401
     """Something hashable for each sample."""
-    if isinstance(values, Tensor):
+    if isinstance(values, np.ndarray | Tensor):
         return [tuple(row.flatten().tolist()) for row in values]
-    return list(values)
+    return [tuple(v) if isinstance(v, list) else v for v in values]
 
 
 def _numbered(labels: Sequence[Any], n: int) -> Tensor:

@@ -59,7 +59,10 @@ class BestOfN(Sampler):
         if self.n is not None and self.n < 1:
             raise OptionError(f"best_of_n: n must be at least 1, got {self.n}.")
         if self.k < 1 or (self.n is not None and self.k > self.n):
-            raise OptionError(f"best_of_n: k must lie in 1..n, got k={self.k}, n={self.n}.")
+            raise OptionError(
+                f"best_of_n: k must lie in 1..n, got k={self.k}, n={self.n}. Lower k, or raise n "
+                "(or the budget that n is made from)."
+            )
         if self.k > 1 and self.select in ("argmax", "all"):
             raise OptionError(f"best_of_n: k={self.k} needs select='top_k' or 'soft'.")
         # An instance is as honest as its options.
@@ -92,7 +95,7 @@ class BestOfN(Sampler):
             x, more = yield from led(ctx, x, t, u, i, kernel, lead, weighed=self.weighed)
             ratio = ratio + more.to(ratio.device)
             yield Progress(step=i + 1, of=len(ctx.grid), info={"t": t.t})
-        images, reward = yield from self._score(x)
+        images, reward = yield from self._score(ctx, x)
         chosen, log_w, log_z = self._choose(ctx, reward, ratio)
         yield Progress(step=len(ctx.grid), of=len(ctx.grid), info={"rewards": reward})
         return Outcome(
@@ -104,13 +107,14 @@ class BestOfN(Sampler):
             slots=chosen,
         )
 
-    def _score(self, x: Tensor) -> Run:
+    def _score(self, ctx: Context, x: Tensor) -> Run:
         """Rewards of all samples and the pictures that can still be chosen."""
         images: dict[int, Tensor] = {}
         rewards: list[Tensor] = []
         keep = self.k if self.select in ("argmax", "top_k") else len(x)
-        for start in range(0, len(x), _CHUNK):
-            part = x[start : start + _CHUNK]
+        size = _CHUNK if ctx.plan.stationary else len(x)
+        for start in range(0, len(x), size):
+            part = x[start : start + size]
             decoded = yield Decode(part)
             scores = yield Score(decoded, part, final=True)
             rewards.append(as_float64(scores.value))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError
-from steering.method import Context
+from steering.method import Context, Plan
 from steering.registry import METHODS
 from steering.samplers.tree import ROOT, Tree
 from steering.samplers.tree_search import TreeSearch
@@ -60,6 +60,16 @@ class DTS(TreeSearch):
         fixed = not self.widening_power or not levels
         target = "tilted" if self.backup == "soft" and fixed else "heuristic"
         object.__setattr__(self, "target", target)
+
+    def fit(self, plan: Plan) -> TreeSearch:
+        """A tree of fixed width that the budget does not fill is no less biased than others."""
+        fitted = super().fit(plan)
+        levels = self.tree_levels(plan.grid)
+        if len(levels) > 1 and fitted.target == "tilted":
+            everything = self._everything(self.prices(plan)).rows
+            if self.cap(plan) < everything:
+                object.__setattr__(fitted, "target", "heuristic")
+        return fitted
 
     @property
     def weighed(self) -> bool:

@@ -97,6 +97,7 @@ class Evo(Sampler):
     paper: ClassVar[str] = "He et al. 2025, arXiv 2505.17618"
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
     unguided: ClassVar[str | None] = None

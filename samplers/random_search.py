@@ -47,6 +47,7 @@ class RandomSearch(Sampler):
     paper: ClassVar[str] = "Ma et al. 2025, arXiv 2501.09732"
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
     unguided: ClassVar[str | None] = None

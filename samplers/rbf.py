@@ -69,7 +69,8 @@ class RBF(Sampler):
             which is a plain step of the sampler.
         batch: proposals tried at once; the best of them counts, all of them are used.
         spend_rest: the last level spends all that is left; False ends it at its own quota.
-        last_level: the last level searched, from 0; by default the last one that adds noise.
+        last_level: the last level searched, from 0; by default the last one that adds more than
+            a trace of noise.
         reward_max: stop as soon as an estimate reaches this reward, and finish that state.
         finish: "ode" denoises the end of the search in ``finish_steps`` steps and scores the
             result; "none" delivers the one-step estimate of x0, which suits distilled models.
@@ -106,6 +107,7 @@ class RBF(Sampler):
     paper: ClassVar[str] = "Kim et al. 2025, arXiv 2503.19385"
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = True
     anytime: ClassVar[bool] = False
     unguided: ClassVar[str | None] = None
@@ -185,7 +187,8 @@ class RBF(Sampler):
                 "rbf: one step has no level to search (the step to the end adds no noise). Give "
                 "it steps >= 2, or levels of its own instead of grid='own'."
             )
-        last = count - 2 if self.last_level is None else self.last_level
+        usual = count - 2 if shape is not None else max(0, own.quiet - 1)
+        last = usual if self.last_level is None else self.last_level
         if not 0 <= last <= count - 2:
             raise OptionError(
                 f"rbf: with {count} levels the last one to search lies in 0..{count - 2} (the "

@@ -71,6 +71,7 @@ class Reflect(Sampler):
     paper: ClassVar[str] = "after Reflect-DiT, Li et al. 2025 (2503.12271)"
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = True
     unguided: ClassVar[str | None] = None

@@ -345,3 +345,8 @@ def softmax(values: Sequence[float]) -> list[float]:
     if math.isinf(total):
         return [1.0 / len(values)] * len(values)
     return [math.exp(v - total) for v in values]
+
+
+def writable(path: Path) -> bool:
+    """Whether a file of this name, or one beside it, can be made."""
+    return not path.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)

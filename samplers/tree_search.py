@@ -37,7 +37,7 @@ from steering.samplers.base import (
     checkpoint_steps,
     within_budget,
 )
-from steering.samplers.tree import ROOT, Backup, Tree
+from steering.samplers.tree import ROOT, Backup, Tree, writable
 from steering.samplers.tree_rollout import roll_out
 
 _DEFAULT = 16
@@ -101,6 +101,7 @@ class TreeSearch(Sampler):
 
     name: ClassVar[str]
     unguided: ClassVar[str | None] = None
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,6 +206,11 @@ class TreeSearch(Sampler):
         for path in (self.save_tree, self.load_tree):
             if path is not None and not Path(path).parent.is_dir():
                 raise OptionError(f"{self.name}: {path!r} is in no folder that exists.")
+        if self.save_tree is not None and not writable(Path(self.save_tree)):
+            raise OptionError(
+                f"{self.name}: save_tree={self.save_tree!r} is a folder, or its folder takes no "
+                "files. Name a file in a folder that can be written."
+            )
         if self.trajectories is None and plan.budget.nfe is None:
             return replace(fitted, trajectories=plan.budget.reward_calls or _DEFAULT)
         return fitted

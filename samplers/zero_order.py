@@ -56,6 +56,7 @@ class ZeroOrder(Sampler):
     paper: ClassVar[str] = "Ma et al. 2025, arXiv 2501.09732"
     target: ClassVar[str] = "maximum"
     needs_gradient: ClassVar[bool] = False
+    remembers: ClassVar[bool] = True
     needs_stochastic: ClassVar[bool] = False
     anytime: ClassVar[bool] = False
     unguided: ClassVar[str | None] = None
@@ -112,7 +113,9 @@ class ZeroOrder(Sampler):
             if moved:
                 pivot, height = noises[k : k + 1], float(rewards[k])
             else:
-                height = floor if self.restart == "keep" else None
+                # A new pivot that came alone has had no neighbour yet.
+                untried = height is None and len(noises) == 1
+                height = floor if self.restart == "keep" or untried else None
             info = {"round": r, "rewards": rewards, "moved": moved, "best": best.reward}
             yield Progress(step=r + 1, of=rounds, info=info, preview=best.image)
         return best.outcome()

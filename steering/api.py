@@ -207,7 +207,14 @@ def plan_run(model: Model, method: Method, reward: Reward, budget: Budget) -> tu
     """
     grid = method.levels(model)
     spread = getattr(reward, "spread", None)
-    plan = Plan(grid=grid, costs=default_costs(model, grid), budget=budget, spread=spread)
+    stationary = getattr(reward, "stationary", True)
+    plan = Plan(
+        grid=grid,
+        costs=default_costs(model, grid),
+        budget=budget,
+        spread=spread,
+        stationary=stationary,
+    )
     fitted = method.fit(plan)
     _check_gradient(model, fitted, reward)
     _check_law(fitted, reward)
@@ -228,13 +235,23 @@ def _check_gradient(model: Model, method: Method, reward: Reward) -> None:
 
 
 def _check_law(method: Method, reward: Reward) -> None:
-    """A law p(x) exp(reward_scale r(x)) needs an r that is a function of x."""
-    if method.target == "tilted" and not getattr(reward, "stationary", True):
+    """A law p(x) exp(reward_scale r(x)) needs an r that is a function of x, and so does a search
+    that holds what it finds against what it has found before."""
+    if getattr(reward, "stationary", True):
+        return
+    if method.target == "tilted":
         raise OptionError(
             f"Method {method.name!r} samples p(x) exp(reward_scale r(x)), but the reward "
             f"{reward.name!r} of a sample changes with the other samples of the call, so the law "
             "would be another one at every step. Give it fixed constants (zsum(..., "
             "calibration=FILE)), or take a method that looks for a maximum, such as best_of_n."
+        )
+    if getattr(method, "remembers", False):
+        raise OptionError(
+            f"Method {method.name!r} compares rewards of different calls, but the reward "
+            f"{reward.name!r} of a sample changes with the other samples of its call. Give it "
+            "fixed constants (zsum(..., calibration=FILE)), or take best_of_n or "
+            "best_of_majority, which score all samples of a prompt in one call."
         )
 
 

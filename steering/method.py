@@ -36,12 +36,15 @@ class Plan:
         budget: the caps.
         spread: how much the reward varies between samples of one prompt (its standard deviation,
             measured once), None where nobody has measured it.
+        stationary: whether the reward of a picture depends on that picture alone. Where it does
+            not, pictures that are to be compared must be scored in one request.
     """
 
     grid: Grid
     costs: tuple[int, ...]
     budget: Budget
     spread: float | None = None
+    stationary: bool = True
 
     @property
     def trajectory(self) -> int:

@@ -287,3 +287,15 @@ def test_it_is_found_by_name() -> None:
     method = build_method("best_of_majority", {"n": 4, "frequency": "labels"})
     assert method == BestOfMajority(n=4, frequency="labels")
     assert method.target == "heuristic"
+
+
+@pytest.mark.parametrize("kind", ["array", "lists"])
+def test_features_as_labels_may_be_arrays_or_lists(kind: str) -> None:
+    def embed(images):
+        rows = images.flatten(1)
+        return rows.numpy() if kind == "array" else rows.tolist()
+
+    method = BestOfMajority(n=20, frequency="labels", embed=embed)
+    same = BestOfMajority(n=20, frequency="labels", embed=lambda images: images.flatten(1))
+    found = [steer(chain(), TABLE, m, seed=4).slots.tolist() for m in (method, same)]
+    assert found[0] == found[1]

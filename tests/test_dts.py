@@ -14,6 +14,7 @@ import steering
 from steering.analytic import FiniteChain, MaskedChain, QuadraticReward, TableReward
 from steering.errors import BudgetError, OptionError, RewardError
 from steering.ledger import Budget
+from steering.method import Plan
 from steering.samplers import DTS, BestOfN, DTSStar
 from steering.samplers.tree import ROOT, Tree
 from tests.populations import (
@@ -544,3 +545,23 @@ def test_the_last_step_never_branches() -> None:
     assert method.tree_levels(line().grid()) == [4, 8]
     assert method.tree_levels(line(steps=2).grid()) == [2]
     assert DTS(noise_levels=(0.5, 0.1)).tree_levels(line().grid()) == [4, 8]
+
+
+def test_a_fixed_tree_claims_its_law_only_where_the_budget_fills_it() -> None:
+    method, model = DTS(widening_power=0.0, widening=2.0, branch_levels=(0.5,)), line()
+
+    def plan(nfe: int) -> Plan:
+        return Plan(grid=model.grid(), costs=model.costs(), budget=Budget(nfe=nfe))
+
+    rows = method.cost(plan(10**6)).nfe
+    assert rows < 10**6
+    assert method.fit(plan(rows)).target == "tilted"
+    assert method.fit(plan(rows - 1)).target == "heuristic"
+    assert DTS(branch_levels=()).fit(plan(rows)).target == "tilted"
+
+
+def test_a_tree_that_could_not_be_written_is_refused_before_anything_is_spent(tmp_path) -> None:
+    model = line()
+    with pytest.raises(OptionError, match="is a folder, or its folder takes no files"):
+        steer(model, LINE, DTS(trajectories=2, save_tree=str(tmp_path)))
+    assert model.rows == 0

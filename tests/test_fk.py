@@ -114,13 +114,7 @@ def check_law(results, log_z: float, f, mean: float, allowance: float = 4.0) -> 
     assert abs(float(v.mean()) - mean) < bound
 
 
-def floored(rho):
-    """Gives particles below a level up, or so it says."""
-    return rho[-1].masked_fill(rho[-1] < -0.5, float("-inf"))
-
-
 RULES = [
-    (floored, "always"),
     *[(p, rule) for p in ("difference", "max", "sum", mean_rho) for rule in ("ess", "always")],
     ("difference", "never"),
     ("none", "ess"),
@@ -590,6 +584,17 @@ def test_the_authors_mode_refuses_potentials_it_does_not_know_when_it_is_made() 
     for potential in ("none", mean_rho):
         with pytest.raises(OptionError, match="knows the potentials difference, max and sum"):
             FK(mode="authors", potential=potential)
+
+
+def test_a_potential_of_minus_infinity_is_no_verdict() -> None:
+    """Whatever was said on the way, the weight is exp(reward_scale r) of the delivered sample."""
+
+    def gives_up(rho):
+        return rho[-1].masked_fill(rho[-1] < rho[-1].median(), float("-inf"))
+
+    method = FK(n_particles=16, reward_scale=0.7, potential=gives_up, resample="never")
+    result = steer(line(), LINE, method)
+    torch.testing.assert_close(result.log_weights, 0.7 * result.rewards)
 
 
 def test_a_potential_that_returns_no_tensor_is_named() -> None:

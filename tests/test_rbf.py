@@ -430,3 +430,14 @@ def test_rewards_of_minus_infinity_do_not_stop_it() -> None:
 def test_many_prompts_share_every_network_call() -> None:
     method = RBF(n_proposals=16, n_init=2, n_chains=2, steps=5)
     assert calls_of(plane, method, 8) == calls_of(plane, method, 1)
+
+
+def test_the_pipelines_own_levels_are_searched_while_they_add_noise() -> None:
+    """Flow models come to a smallest level before they come to none; it is no level to search."""
+    grid = on_path(Linear(), (1.0, 0.6, 0.3, 0.001, 0.0))
+    model = GaussianMixture([1.0], [[0.0, 0.0]], [1.0], grid=grid, prompts=("p",))
+    method, all_of_them = (RBF(grid="own", finish="none", last_level=k) for k in (None, 2))
+    levels = [t.t for t in method.levels(model).times]
+    assert levels == pytest.approx([1.0, 0.6, 0.3, 0.0])
+    assert method.last(method.levels(model)) == 1
+    assert all_of_them.last(all_of_them.levels(model)) == 2  # who asks for it gets it

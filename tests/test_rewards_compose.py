@@ -384,6 +384,36 @@ def test_particle_methods_refuse_rewards_that_look_at_the_batch():
     assert found.samples[0, 0] == found.samples[:, 0].max()
 
 
+@pytest.mark.parametrize("method", ["best_of_n", "best_of_majority"])
+def test_all_samples_of_a_prompt_are_ranked_against_each_other(method):
+    """More than are decoded in one call: the best of all, not of the first sixteen."""
+
+    def first(x):
+        return x[:, 0]
+
+    options = {"n": 40} | ({"min_frequency": 0.0} if method == "best_of_majority" else {})
+    slots = {
+        tuple(
+            int(steering.steer(world(), reward=r, method=method, options=options, seed=s).slots[0])
+            for s in range(6)
+        )
+        for r in (RankMean(first), first)
+    }
+    assert len(slots) == 1
+    assert max(slots.pop()) >= 16
+
+
+REMEMBER = ("rbf", "random_search", "zero_order", "search_over_paths", "evo", "dts", "dts_star")
+
+
+@pytest.mark.parametrize("method", [*REMEMBER, "auto", "reflect"])
+def test_searches_over_several_calls_refuse_rewards_that_look_at_the_batch(method):
+    model = world()
+    with pytest.raises(OptionError, match=r"compares rewards of different calls.*best_of_n"):
+        steering.steer(model, reward=RankMean(lambda x: x[:, 0]), method=method, nfe=4000)
+    assert model.rows == 0
+
+
 def test_a_verifier_that_the_search_has_seen_says_so():
     guide = as_reward(f"zsum({R}, {G})")
     assert searched(guide, as_reward(f"{G} + {B}")) == ["test_plane"]

@@ -227,3 +227,17 @@ def test_starts_that_are_more_than_noise_are_refused_before_anything_is_spent() 
     with pytest.raises(OptionError, match="pure noise"):
         steer(model, constant, ZeroOrder(rounds=1))
     assert model.rows == 0
+
+
+def test_a_new_pivot_that_comes_alone_gets_neighbours_of_its_own() -> None:
+    """With one neighbour a round, a new pivot takes its place; the climb goes on from there."""
+    model = wide()
+    result = steer(model, far, ZeroOrder(n_neighbours=1, rounds=16), seed=3)
+    starts = torch.cat(model.at(0)).flatten(1)
+    sizes = starts.norm(dim=1)  # neighbours have the size of their pivot
+    moved = [e["moved"] for e in result.trace.events if "round" in e]
+    fails = [r for r, step in enumerate(moved[:-2]) if not step]
+    assert len(fails) > 2
+    pivots = [k for k in range(1, 17) if abs(float(sizes[k] - sizes[k - 1])) > 1e-4]
+    assert pivots
+    assert all(k + 1 not in pivots for k in pivots)  # each has a neighbour before the next
