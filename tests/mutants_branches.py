@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant(
         "svdd: a step without noise is branched",
         "samplers/svdd.py",
-        "range(begin, end - 1, every)",
+        "range(begin, quiet, every)",
         "range(begin, end, every)",
         (COST, "tests/test_svdd.py::test_the_survivors_go_on_with_their_own_predictions"),
     ),
@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant(
         "code: a block begins at the last step",
         "samplers/code.py",
-        "range(begin + self.block, end - 1, self.block)",
+        "range(begin + self.block, grid.quiet, self.block)",
         "range(begin + self.block, end, self.block)",
         ("tests/test_code.py::test_blocks_begin_and_end_where_they_should",),
     ),

@@ -256,7 +256,7 @@ MUTANTS = (
     Mutant(
         "particle methods take any reward",
         "steering/api.py",
-        'if method.target == "tilted" and not getattr(reward, "stationary", True):',
+        'if method.target == "tilted":',
         "if False:",
         (f"{COMPOSE}test_particle_methods_refuse_rewards_that_look_at_the_batch",),
     ),

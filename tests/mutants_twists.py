@@ -137,7 +137,7 @@ MUTANTS = (
     Mutant(
         "twists: the last step is twisted too",
         "samplers/tds.py",
-        "return range(min(grid.nearest(self.start), len(grid) - 1), len(grid) - 1)",
+        "return range(min(grid.nearest(self.start), grid.quiet), grid.quiet)",
         "return range(min(grid.nearest(self.start), len(grid)), len(grid))",
         ("tests/test_tds.py::test_the_ledger_is_the_closed_formula",),
     ),
@@ -195,7 +195,7 @@ MUTANTS = (
     Mutant(
         "guidance: the last step is guided where weights are kept",
         "samplers/guides.py",
-        "last = len(grid) - 1 if weighed else len(grid)",
+        "last = grid.quiet if weighed else len(grid)",
         "last = len(grid)",
         (f"{_GUIDED}::test_the_last_step_is_guided_only_where_no_weights_are_kept",),
     ),
@@ -282,8 +282,8 @@ MUTANTS = (
     Mutant(
         "das: the temper starts with the twists",
         "samplers/das.py",
-        "steps = len(grid) - 1  # the last adds no noise",
-        "steps, i = len(grid) - 1, i - self.twisted_steps(grid).start",
+        "steps = grid.quiet  # those after add no noise",
+        "steps, i = grid.quiet, i - self.twisted_steps(grid).start",
         ("tests/test_das.py::test_the_potential_has_the_temper_of_its_own_step",),
     ),
 )

@@ -230,7 +230,7 @@ def test_previews_come_from_the_small_decoder_and_samples_from_the_full_one(pipe
         return plain(*given, **how)
 
     small.decode = decode
-    method = steering.samplers.FK(n_particles=3, checkpoints=(0.5,), reward_scale=1.0)
+    method = steering.samplers.FK(n_particles=3, checkpoints=(0.25,), reward_scale=1.0)
     with steering.wrap(pipe, prompt="a photo of a cat", preview_decoder=small, **CALL) as model:
         x = states(model)
         assert (model.decode(x) - model.decode_preview(x)).abs().mean() > 0.01

@@ -28,7 +28,8 @@ def test_every_convention_is_steered(name):
     assert len(result.images) == 3
     assert torch.allclose(result.rewards, redness(result.pixels, None).double())
     assert (result.rewards.diff() <= 0).all()
-    assert result.ledger.reward_calls == 3 * 4  # 0.85 of 6 steps is the last: no checkpoint
+    # 0.85 of 6 steps is the last: no checkpoint. SD3's own last but one adds no noise either.
+    assert result.ledger.reward_calls == 3 * (3 if name == "sd3" else 4)
     assert torch.isfinite(result.samples).all()
 
 
@@ -121,7 +122,7 @@ def test_a_failing_reward_keeps_the_best_so_far(tmp_path):
             raise ValueError("out of tokens")
         return redness(images, prompts)
 
-    method = steering.samplers.FK(n_particles=2, checkpoints=(0.3, 0.6))
+    method = steering.samplers.FK(n_particles=2, checkpoints=(0.2, 0.5))
     with pytest.raises(RewardError, match="out of tokens") as caught:
         steering.steer(pipe, prompt, reward=brittle, method=method, out=tmp_path, **call)
     result = caught.value.result
