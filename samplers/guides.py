@@ -228,6 +228,8 @@ class Guide:
             if visit is not None and turn == 0:
                 visit(i, x, seen.prediction)
             base, shift = self.proposal(ctx, x, seen, t, u, i, kernel)
+            if weighed and not base.random:
+                shift = None  # as of a schedule of eta that starts at 0: there is no density
             y, ratio = draw(
                 ctx, base, shift, i, f"{stream}/{turn}" if turn else stream, rows.slots
             )
@@ -410,7 +412,7 @@ class Guide:
         eps = moved.eps if self.keep_eps else moved.eps - (t.alpha / t.sigma) * seen.lean
         moved = Prediction(moved.x0 + seen.lean, eps)
         mean = kernel(x, moved, t, u, ctx.model.path).mean
-        if self.space == "state" and t.alpha > 1e-6:
+        if self.space == "state" and not t.pure:
             # Written for VP states in the papers; the power makes it the same on any path.
             power = t.alpha**2 + t.sigma**2
             mean = mean + (strength * power * u.alpha / t.alpha) * seen.pull

@@ -117,7 +117,7 @@ def scored(prediction: Prediction, shift: Tensor, t: Time) -> Prediction:
     x0 moves by sigma^2 / alpha times it, eps by -sigma times it. On pure noise, where no score
     moves a finite x0, the prediction is left as it is.
     """
-    if t.alpha < 1e-6:
+    if t.pure:
         return Prediction(prediction.x0, prediction.eps)
     x0 = prediction.x0 + (t.sigma**2 / t.alpha) * shift
     return Prediction(x0, prediction.eps - t.sigma * shift)

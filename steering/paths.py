@@ -54,6 +54,14 @@ class Time:
             return math.inf
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
 
+    @property
+    def pure(self) -> bool:
+        """Whether the state is as good as pure noise: 1 / alpha would swamp a step of any length.
+
+        Schedules of flow models start here, not at alpha = 0 itself: 3e-4 and the like.
+        """
+        return self.alpha < 0.01 * self.sigma
+
 
 class Path:
     """A pair of schedules alpha, sigma over t in [0, 1] with their derivatives.

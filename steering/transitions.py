@@ -66,10 +66,6 @@ class Step:
         return -0.5 * d.flatten(1).square().sum(1) - dims * logs
 
 
-# Below this alpha a state is pure noise: 1 / alpha would swamp a step of any length.
-_NO_SIGNAL = 1e-6
-
-
 class Transition(Protocol):
     """Anything that says how x_t moves to level u."""
 
@@ -175,7 +171,7 @@ class EulerMaruyama:
         return Move(1.0, -dt * da, -dt * (ds + score), self._std(g, dt, u))
 
     def _noise(self, t: Time, u: Time, path: Path) -> float:
-        return self.g(replace(t, alpha=u.alpha) if t.alpha < _NO_SIGNAL else t, path)
+        return self.g(replace(t, alpha=u.alpha) if t.pure else t, path)
 
     @staticmethod
     def _std(g: float, dt: float, u: Time) -> float:

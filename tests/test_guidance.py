@@ -462,3 +462,32 @@ def test_minus_infinity_moves_nothing() -> None:
     for guide in (Guide(), Guide(smoothing=0.3, n_draws=3, normalise="value")):
         result = steer(line(), cliff, BestOfN(n=16, guidance=guide))
         assert torch.isfinite(result.samples).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"space": "state"}, {"space": "state", "mu": 0.5}])
+def test_a_grid_that_starts_near_pure_noise_is_guided_as_one_that_starts_there(options) -> None:
+    """Flow schedules start at alpha = 3e-4, where sigma^2 / alpha would carry states far away."""
+
+    def mean(first: float) -> float:
+        grid = on_path(Linear(), (first, 0.75, 0.5, 0.25, 0.0))
+        model = GaussianMixture([1.0], [[0.3]], [0.6], grid=grid, prompts=("p",))
+        method = Guidance(n_particles=64, rho=1.0, reward_scale=1.0, **options)
+        return float(steer(model, LinearReward([1.0]), method).samples.mean())
+
+    assert mean(0.9997) == pytest.approx(mean(1.0), abs=0.01)
+
+
+def test_a_step_without_noise_is_not_guided_where_weights_are_kept() -> None:
+    """eta may start at 0: a shift there has no density to be corrected by."""
+    model = GaussianMixture([1.0], [[0.5]], [0.6], steps=6, prompts=("p",))
+    first = Guide(rho=0.0, mu=0.5, stop=0.17)  # the first of six steps
+    guided, plain = (
+        steer(
+            model,
+            LinearReward([1.0]),
+            BestOfN(n=8, select="all", reward_scale=1.0, eta=0.0, eta_end=1.0, guidance=g),
+        )
+        for g in (first, None)
+    )
+    assert torch.equal(guided.samples, plain.samples)
+    assert torch.equal(guided.log_weights, plain.log_weights)
