@@ -278,4 +278,24 @@ MUTANTS = (
         "        chosen = True or any(segment.branched for",
         ("tests/test_refusals.py::test_a_greedy_search_with_nothing_to_choose",),
     ),
+    Mutant(
+        "guidance: only alpha = 0 is pure noise",
+        "steering/paths.py",
+        "self.alpha < 0.01 * self.sigma",
+        "self.alpha < 1e-6",
+        (
+            "tests/test_guidance.py::"
+            "test_a_grid_that_starts_near_pure_noise_is_guided_as_one_that_starts_there",
+        ),
+    ),
+    Mutant(
+        "guidance: a step without noise is shifted where weights are kept",
+        "samplers/guides.py",
+        "if weighed and not base.random:",
+        "if False:",
+        (
+            "tests/test_guidance.py::"
+            "test_a_step_without_noise_is_not_guided_where_weights_are_kept",
+        ),
+    ),
 )
