@@ -34,20 +34,20 @@ CONTROLS: dict[str, Any] = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "auto": {"pilot": 2},
-    "carinox": {"restarts": 2},
     "code": {"n_branches": 3},
     "evo": {"elites": 1, "schedule": (0.6,)},
     "rbf": {"n_init": 4, "n_chains": 1},
     "search_over_paths": {"n_neighbours": 2, "seed_level": 0.75},
     "svdd": {"n_branches": 3},
-    "zero_order": {"n_neighbours": 2},
 }
 """What a method runs with where a budget does not pay for its defaults."""
 Row = dict[str, Any]
 
 
 def key_of(row: Row) -> tuple:
-    return (row["method"], row["nfe_budget"], row["seed"], row["prompts"], row["steps"])
+    """What a row measured; those that do not say their type were measured in float32."""
+    what = ("method", "nfe_budget", "seed", "prompts", "steps")
+    return (*(row[name] for name in what), row.get("dtype", "float32"))
 
 
 def read(path: Path) -> list[Row]:
@@ -62,6 +62,11 @@ def read(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def type_of(pipe: Any) -> str:  # noqa: ANN401
+    """What a pipeline computes in, in words."""
+    return str(pipe.dtype).removeprefix("torch.")
 
 
 def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int) -> Row:
@@ -80,7 +85,7 @@ def attempt(
     seeds = [1000 * seed + k for k in range(len(texts))]
     row: Row = {
         "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
-        "options": options,
+        "options": options, "dtype": type_of(pipe),
     }  # fmt: skip
     wall, cpu = time.perf_counter(), time.process_time()
     try:
@@ -126,13 +131,14 @@ def main() -> None:
     rows = read(store)
     done = {key_of(row) for row in rows}
     pipe = steering.load("stickers", dtype=given.dtype)
+    same = (given.prompts, given.steps, type_of(pipe))
     texts = sticker_prompts("heldout", n=given.prompts, seed=0)
     wanted = [
         (method, nfe, seed)
         for seed in range(given.seeds)
         for nfe in given.budgets
         for method in (UNSTEERED, *names)
-        if (method, nfe, seed, given.prompts, given.steps) not in done
+        if (method, nfe, seed, *same) not in done
         and not (method == UNSTEERED and nfe != given.budgets[0])
     ]
     for count, (method, nfe, seed) in enumerate(wanted, 1):
@@ -147,7 +153,7 @@ def main() -> None:
         print(f"{count}/{len(wanted)} {method} nfe={nfe} seed={seed}: {said}", flush=True)
     rows = [
         r for r in rows
-        if (r["prompts"], r["steps"]) == (given.prompts, given.steps)
+        if key_of(r)[3:] == same
         and r["nfe_budget"] in given.budgets
     ]  # fmt: skip
     if given.page is not None:

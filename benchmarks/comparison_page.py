@@ -18,8 +18,8 @@ _HEAD = """# Methods compared at equal network calls
 every search; the detector's verdict (GenEval's rules) is seen by none. Brackets are 95 % intervals
 from a bootstrap over prompts; differences from best-of-N are paired by prompt and seed. Rows that
 are differentiated cost about three of the others in time: compare the seconds too, which are the
-run's share of all calls on {threads} CPU thread{t}, all prompts together, less what other jobs on
-the machine took.
+run's share of all calls on {threads} CPU thread{t} in {dtype}, all prompts together, less what
+other jobs on the machine took.
 
 Made by `python -m benchmarks.comparison`; defaults of every method, no tuning for this world.
 Where a budget does not pay for the defaults, smaller settings stand behind the name.
@@ -156,6 +156,7 @@ def write_page(rows: list[Row], page: Path, notes: str = "") -> None:
             seeds=seeds,
             s="s" * (seeds > 1),
             threads=threads,
+            dtype=ran[0].get("dtype", "float32"),
             t="s" * (threads > 1),
             plot=plot.name,
             budgets=", ".join(map(str, budgets)),

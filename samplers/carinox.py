@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steering.errors import OptionError
+from steering.method import Cost, Plan
 from steering.registry import METHODS
 from steering.requests import Gradient, Request
+from steering.samplers.base import afford
 from steering.samplers.noise_optimisation import NoiseOptimisation, clipped
 from steering.scoring import Scores, Term
+
+_STARTS, _FEWEST = 5, 3
 
 
 @METHODS.register("carinox")
@@ -31,13 +35,15 @@ class CARINOX(NoiseOptimisation):
     Every component takes a backward pass of its own, and the ledger counts each of them.
 
     Attributes:
+        restarts: None takes 5, or fewer where the budget does not pay for 3 iterations of each:
+            starts that are not climbed from are best-of-N.
         weights: further factor of a component, by its name among the terms of the reward; 1 for
             those not named, 0 leaves one out. Weights by category of the prompt belong to the
             reward itself.
         component_clip: largest norm of one component's gradient of a row, before its weight.
     """
 
-    restarts: int = 5
+    restarts: int | None = None
     weights: Mapping[str, float] | None = None
     component_clip: float = 0.1
 
@@ -59,6 +65,17 @@ class CARINOX(NoiseOptimisation):
                 f"carinox: weights must be finite and not negative, got {self.weights}. Turn a "
                 "component round in the reward: a - b."
             )
+
+    def starts(self, plan: Plan) -> int:
+        """Up to 5, each with at least 3 iterations where the budget pays for them."""
+        one = replace(self, restarts=1, n_iterations=1)
+
+        def cost(n: int) -> Cost:
+            return replace(one, restarts=n).cost(plan)
+
+        passes = self.n_iterations or _FEWEST
+        samples = afford(plan, cost, _STARTS * passes, "iteration", self)
+        return max(1, min(_STARTS, samples // passes))
 
     def _slopes(
         self, scores: Scores, free: tuple[Tensor, ...]

@@ -65,7 +65,8 @@ class NoiseOptimisation(Sampler):
     Attributes:
         n_iterations: evaluations of each start, one trajectory each; None spends the budget (50
             where there is none). 1 is best-of-N of ``restarts`` samples.
-        restarts: random starts, optimised side by side; the best iterate of all wins.
+        restarts: random starts, optimised side by side; the best iterate of all wins. None leaves
+            the number to the method.
         variables: "initial" optimises the starting noise, "all" the noise of every step too
             (needs a stochastic sampler).
         differentiate_last: with "all", the number of last steps that are differentiated; the
@@ -84,7 +85,7 @@ class NoiseOptimisation(Sampler):
     """
 
     n_iterations: int | None = None
-    restarts: int = 1
+    restarts: int | None = 1
     variables: Literal["initial", "all"] = "initial"
     differentiate_last: int | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -154,13 +155,19 @@ class NoiseOptimisation(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         """Every iterate is a finished sample; the last one is not differentiated."""
-        made = self.restarts * (self.n_iterations or 1)
-        extra = self.restarts * ((self.n_iterations or 1) - 1) * (self.pass_cost() - 1)
+        starts, passes = self.restarts or 1, self.n_iterations or 1
+        made, extra = starts * passes, starts * (passes - 1) * (self.pass_cost() - 1)
         return Cost(
             nfe=(made + extra) * plan.trajectory, decodes=made + extra, reward_calls=made + extra
         )
 
+    def starts(self, plan: Plan) -> int:
+        """How many random starts a run makes where ``restarts`` does not say it."""
+        return 1
+
     def fit(self, plan: Plan) -> NoiseOptimisation:
+        if self.restarts is None:
+            return replace(self, restarts=self.starts(plan)).fit(plan)
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n_iterations is None:
 
@@ -191,7 +198,7 @@ class NoiseOptimisation(Sampler):
             if iterate.slopes:
                 self._descend(ctx, noise, iterate.slopes, optimiser, k)
         assert best is not None
-        n = self.restarts
+        n = len(best.reward)
         return Outcome(
             x0=best.x0, images=best.images, reward=best.reward, slots=torch.arange(n),
             log_w=torch.zeros(n, dtype=torch.float64),
@@ -199,6 +206,7 @@ class NoiseOptimisation(Sampler):
 
     def _start(self, ctx: Context) -> list[Tensor]:
         """Master copies of what is optimised, at least float32: x_T, then step noises."""
+        assert self.restarts is not None  # fit() has set it
         x = ctx.noise(self.restarts)
         noise = [x.to(torch.promote_types(x.dtype, torch.float32)) / size_of_start(ctx)]
         if self.variables == "all":
@@ -273,9 +281,11 @@ class NoiseOptimisation(Sampler):
         """The published step size, longer where fewer steps than published are made."""
         steps = max(1, (self.n_iterations or 1) - 1)
         if self.optimizer == "adam":  # every number moves by lr a step
-            return 0.01 * min(5.0, max(1.0, 99 / steps))
-        longer = _reach(_PUBLISHED - 1, self.momentum) / _reach(steps, self.momentum)
-        return 5.0 * (d / 16384.0) ** 0.5 * min(_LONGEST, max(1.0, longer))
+            published, longer, most = 0.01, 99 / steps, 5.0
+        else:
+            longer = _reach(_PUBLISHED - 1, self.momentum) / _reach(steps, self.momentum)
+            published, most = 5.0 * (d / 16384.0) ** 0.5, _LONGEST
+        return published * min(most, max(1.0, longer))
 
     def _descend(
         self,

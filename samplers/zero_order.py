@@ -29,6 +29,9 @@ from steering.requests import Progress, Request, Run
 from steering.samplers.base import Sampler, afford, within_budget
 from steering.samplers.rollout import Winner, judge, require_continuous, require_noise, top, walk
 
+_USUAL = 4
+"""Neighbours of a round in the public code."""
+
 
 @METHODS.register("zero_order")
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class ZeroOrder(Sampler):
     """A pivot noise, its neighbours, a step to the best.
 
     Attributes:
-        n_neighbours: samples of each round; 0 makes one sample and stops.
+        n_neighbours: samples of each round; 0 makes one sample and stops. None takes 4, or more
+            where rounds of 4 would leave some of the budget unspent.
         rounds: None spends the budget (4 where there is none).
         cosine: of the angle between pivot and neighbour: near 1 for small moves.
         restart: where no neighbour is better, "fresh" draws a new pivot, which takes the place of
@@ -45,7 +49,7 @@ class ZeroOrder(Sampler):
         reward_max: stop after a round whose best reaches this reward.
     """
 
-    n_neighbours: int = 4
+    n_neighbours: int | None = None
     rounds: int | None = None
     cosine: float = 0.95
     restart: Literal["fresh", "keep"] = "fresh"
@@ -68,7 +72,7 @@ class ZeroOrder(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_neighbours < 0:
+        if self.n_neighbours is not None and self.n_neighbours < 0:
             raise OptionError(f"zero_order: n_neighbours must be >= 0, got {self.n_neighbours}.")
         if self.rounds is not None and self.rounds < 1:
             raise OptionError(f"zero_order: rounds must be at least 1, got {self.rounds}.")
@@ -77,11 +81,18 @@ class ZeroOrder(Sampler):
 
     def cost(self, plan: Plan) -> Cost:
         """At most, where ``reward_max`` may stop it."""
-        n, (rows, calls) = 1 + (self.rounds or 1) * self.n_neighbours, self.per_step(plan)
+        n, (rows, calls) = 1 + (self.rounds or 1) * self._each, self.per_step(plan)
         judged = n * (1 + sum(calls))
         return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
+    @property
+    def _each(self) -> int:
+        """Samples of each round."""
+        return _USUAL if self.n_neighbours is None else self.n_neighbours
+
     def fit(self, plan: Plan) -> ZeroOrder:
+        if self.n_neighbours is None:
+            return replace(self, n_neighbours=self._filling(plan)).fit(plan)
         if self.rounds is None and self.n_neighbours > 0:
             what = f"round of {self.n_neighbours} neighbours and their pivot"
             rounds = afford(plan, lambda r: replace(self, rounds=r).cost(plan), 4, what, self)
@@ -90,22 +101,32 @@ class ZeroOrder(Sampler):
         within_budget(plan, self.cost(plan), what, self)
         return self
 
+    def _filling(self, plan: Plan) -> int:
+        """The usual number of neighbours, and what would be left over shared among the rounds."""
+        one = replace(self, n_neighbours=1, rounds=1)
+
+        def cost(n: int) -> Cost:
+            return replace(one, n_neighbours=n).cost(plan)
+
+        most = afford(plan, cost, (self.rounds or 4) * _USUAL, "neighbour and its pivot", self)
+        return max(1, most // (self.rounds or max(1, most // _USUAL)))
+
     def run(self, ctx: Context) -> Run:
         pivot, pivots, made = ctx.noise(1), 1, 1
         self._check(ctx, pivot)
         rewards, best = yield from self._try(ctx, pivot, None, 0)
         height: float | None = float(rewards[0])
-        rounds = (self.rounds or 1) if self.n_neighbours else 0
+        rounds = (self.rounds or 1) if self._each else 0
         for r in range(rounds):
             if self._reached(best):
                 break
             if height is None:
                 key = ctx.key("init").at(slot=pivots)
                 pivot, pivots = ctx.model.noise(1, key, cond=ctx.cond), pivots + 1
-                around = self._neighbours(ctx, pivot, r, self.n_neighbours - 1)
+                around = self._neighbours(ctx, pivot, r, self._each - 1)
                 noises = torch.cat([pivot, around])
             else:
-                noises = self._neighbours(ctx, pivot, r, self.n_neighbours)
+                noises = self._neighbours(ctx, pivot, r, self._each)
             rewards, best = yield from self._try(ctx, noises, best, made)
             made += len(noises)
             k, floor = top(rewards), float(rewards[0]) if height is None else height
@@ -138,7 +159,7 @@ class ZeroOrder(Sampler):
 
     def _check(self, ctx: Context, x: Tensor) -> None:
         """Raises before anything is spent where noise has no neighbours."""
-        if self.n_neighbours == 0:
+        if self._each == 0:
             return
         require_continuous(self.name, x, "a neighbour of a noise")
         require_noise(self.name, ctx)

@@ -8,6 +8,23 @@ NOISE, CARINOX = "tests/test_noise_optimisation.py", "tests/test_carinox.py"
 
 MUTANTS = (
     Mutant(
+        "carinox: five starts whatever the budget pays for",
+        "samplers/carinox.py",
+        "return max(1, min(_STARTS, samples // passes))",
+        "return min(_STARTS, samples)",
+        (f"{CARINOX}::test_no_more_starts_than_the_budget_climbs_from",),
+    ),
+    Mutant(
+        "zero_order: what rounds of four leave is not spent",
+        "samplers/zero_order.py",
+        "return max(1, most // (self.rounds or max(1, most // _USUAL)))",
+        "return min(most, _USUAL)",
+        (
+            "tests/test_zero_order.py::"
+            "test_what_rounds_of_four_would_leave_goes_to_more_neighbours",
+        ),
+    ),
+    Mutant(
         "radius penalty with the wrong sign",
         "samplers/regularisers.py",
         "0.5 * norm.square() - (flat.shape[1] - 1) * norm.log()",

@@ -197,6 +197,20 @@ def test_rows_differentiated_in_closed_form(method, rows):
     assert ledger.reward_backward == (0 if hybrid else pairs)
 
 
+@pytest.mark.parametrize(
+    ("samples", "options", "starts", "passes"),
+    [(2, {}, 1, 2), (5, {}, 1, 5), (8, {}, 2, 4), (15, {}, 5, 3), (40, {}, 5, 8),
+     (8, {"n_iterations": 4}, 2, 4), (8, {"restarts": 5}, 5, 1)],
+)  # fmt: skip
+def test_no_more_starts_than_the_budget_climbs_from(samples, options, starts, passes):
+    """At least three iterations of each start, or one start."""
+    result = steering.steer(
+        world(steps=3), reward=C, method="carinox", options=options, nfe=3 * samples + 2
+    )
+    assert len(result.trace.column("radius")) == passes
+    assert {len(rows) for rows in result.trace.column("radius")} == {starts}
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_every_component_is_charged_its_backward_pass(checkpoint):
     method = CARINOX(n_iterations=3, restarts=2, checkpoint=checkpoint)

@@ -156,13 +156,26 @@ def test_budgets_are_filled() -> None:
     result = steer(guided(), BOWL, ZeroOrder(n_neighbours=3), nfe=333)
     assert result.ledger.nfe == 14 * (1 + 7 * 3)
     model = guided()
+    with pytest.raises(BudgetError, match="one neighbour and its pivot needs 28"):
+        steer(model, BOWL, ZeroOrder(), nfe=27)
     with pytest.raises(BudgetError, match="round of 4 neighbours"):
-        steer(model, BOWL, ZeroOrder(), nfe=69)
+        steer(model, BOWL, ZeroOrder(n_neighbours=4), nfe=69)
     with pytest.raises(BudgetError):
-        steer(model, BOWL, ZeroOrder(rounds=3), nfe=100)
+        steer(model, BOWL, ZeroOrder(rounds=3), nfe=55)
     with pytest.raises(BudgetError):
         steer(model, BOWL, ZeroOrder(n_neighbours=0), nfe=13)
     assert model.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "neighbours", "rounds"),
+    [(8, {}, 7, 1), (9, {}, 4, 2), (3, {}, 2, 1), (12, {}, 5, 2), (12, {"rounds": 3}, 3, 3)],
+)
+def test_what_rounds_of_four_would_leave_goes_to_more_neighbours(
+    samples: int, options: dict, neighbours: int, rounds: int
+) -> None:
+    result = steer(guided(), BOWL, ZeroOrder(**options), nfe=14 * samples + 13)
+    assert result.ledger.nfe == 14 * (1 + rounds * neighbours)
 
 
 @pytest.mark.parametrize("restart", ["fresh", "keep"])
