@@ -64,7 +64,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def type_of(pipe: Any) -> str:  # noqa: ANN401
+def type_of(pipe: Any) -> str:
     """What a pipeline computes in, in words."""
     return str(pipe.dtype).removeprefix("torch.")
 

@@ -101,6 +101,12 @@ class WeightedSum(Arithmetic):
         parts = [weight * spread for weight, spread in known if spread is not None]
         return math.hypot(*parts) if len(parts) == len(known) else None
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names under which ``terms`` of the scores has those that steer."""
+        keys = labels([reward for _, reward in self.terms])
+        return tuple(key for key, (weight, _) in zip(keys, self.terms, strict=True) if weight)
+
     def for_model(self, model: object) -> Arithmetic:
         """The same sum with each component adapted to the model."""
         terms = []

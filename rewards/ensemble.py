@@ -66,6 +66,11 @@ class Ensemble(Arithmetic):
         options = call_spec("", self.options)[1:-1]
         return f"{self.name}({', '.join([*known, *([options] if options else [])])})"
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the terms of the scores; none where the value is no sum."""
+        return () if type(self).added is Ensemble.added else tuple(self._keys())
+
     def for_model(self, model: object) -> Ensemble:
         """The same ensemble with each member adapted to the model."""
         adapted = []

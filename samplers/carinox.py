@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from steering.registry import METHODS
 from steering.requests import Gradient, Request
 from steering.samplers.base import afford
 from steering.samplers.noise_optimisation import NoiseOptimisation, clipped
-from steering.scoring import Scores, Term
+from steering.scoring import Reward, Scores, Term
 
 _STARTS, _FEWEST = 5, 3
 
@@ -66,6 +66,20 @@ class CARINOX(NoiseOptimisation):
                 "component round in the reward: a - b."
             )
 
+    def check_reward(self, reward: Reward) -> None:
+        """Weights against the names of the reward's terms, where it can tell them beforehand."""
+        names = getattr(reward, "components", None)
+        if names is not None and self.weights:
+            self._check_names(names)
+
+    def _check_names(self, names: Collection[str]) -> None:
+        unknown = sorted(set(self.weights or {}) - set(names))
+        if unknown:
+            raise OptionError(
+                f"carinox: no component {', '.join(unknown)} in this reward; it has "
+                f"{', '.join(names) or 'none, because it is no sum'}."
+            )
+
     def starts(self, plan: Plan) -> int:
         """Up to 5, each with at least 3 iterations where the budget pays for them."""
         one = replace(self, restarts=1, n_iterations=1)
@@ -98,12 +112,7 @@ class CARINOX(NoiseOptimisation):
             OptionError: a weight for a component that the reward does not have, or 0 for all.
         """
         weights, terms = dict(self.weights or {}), scores.terms
-        unknown = sorted(set(weights) - set(terms))
-        if unknown:
-            raise OptionError(
-                f"carinox: no component {', '.join(unknown)} in this reward; it has "
-                f"{', '.join(terms) or 'none, because it is no sum'}."
-            )
+        self._check_names(terms)
         if not terms:
             return [Term(torch.ones_like(scores.value), scores.value)]
         named = [Term(weights.get(k, 1.0) * w, value) for k, (w, value) in terms.items()]

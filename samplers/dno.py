@@ -92,7 +92,7 @@ class DNO(NoiseOptimisation):
                 for i, z in enumerate(noise)
             ]
             _, pictures, scores = yield from self._score(ctx, near, False)
-            gain = (as_float64(scores.value) - reward).nan_to_num().to(images)
+            gain = _gain(as_float64(scores.value), reward).to(images)
             direction += gain.reshape(-1, *[1] * (images.ndim - 1)) * (pictures - images.detach())
         length = torch.linalg.vector_norm(direction.flatten(1), dim=1).clamp_min(1e-12)
         direction /= length.reshape(-1, *[1] * (images.ndim - 1))
@@ -102,3 +102,17 @@ class DNO(NoiseOptimisation):
 
     def _nudge(self, ctx: Context, z: Tensor, i: int, j: int, k: int) -> Tensor:
         return ctx.key(f"nudge/{i}/{j}", k).normal(len(z), z.shape[1:]).to(z)
+
+
+def _gain(near: Tensor, here: Tensor) -> Tensor:
+    """near - here [n], rewards of -inf counted as one spread of the others below the lowest.
+
+    So a nudge out of what a reward refuses is a step up, and no sum of them is infinite.
+    """
+    both = torch.stack([near, here])
+    finite = both[torch.isfinite(both)]
+    if not len(finite):
+        return torch.zeros_like(near)
+    floor = finite.min() - torch.clamp(finite.max() - finite.min(), min=1.0)
+    near, here = (torch.where(torch.isneginf(r), floor, r) for r in both)
+    return near - here

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from torch import Tensor
 from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Plan, coerce
+from steering.noise import NoiseKey
 from steering.particles import State
 from steering.paths import Prediction, Time
 from steering.requests import Decode, Denoise, Gradient, Request, Score
+from steering.samplers.idle import check_guide
 from steering.samplers.twists import (
     check_positive,
     clipped,
@@ -47,7 +49,13 @@ GUIDES: dict[str, dict[str, object]] = {
     # Loss-guided diffusion: the same with f averaged over noise of the size of the level.
     "lgd": {"space": "state", "normalise": "value", "smoothing": 1.0, "n_draws": 4},
     # FreeDoM: repeats every step after noising its result again.
-    "freedom": {"space": "state", "normalise": "unit", "recurrence": 2, "rho": 0.2},
+    "freedom": {
+        "space": "state",
+        "schedule": "increase",
+        "normalise": "unit",
+        "recurrence": 2,
+        "rho": 0.2,
+    },
     # Manifold-preserving: one move of the estimate, no gradient through the network.
     "mpgd": {"rho": 0.0, "mu": 1.0},
     # Universal guidance: both moves change the score.
@@ -129,7 +137,8 @@ class Guide:
             deviation of x0 given x_t for Gaussian data of standard deviation ``data_std``.
         n_draws: samples of that noise.
         normalise: "value" divides gradients by |f|, "unit" gives them the norm of unit noise.
-        clip_norm: most that a sample's gradient may measure, None: any.
+        clip_norm: most that a sample's gradient may measure, by a state of unit variance; None:
+            any.
         recurrence: how often a step is made; in between its result is noised again.
         start, stop: shares of the steps between which steps are guided.
         micro_batch: samples differentiated at once; None differentiates all.
@@ -154,6 +163,8 @@ class Guide:
     micro_batch: int | None = None
     checkpoint: bool = False
 
+    name: ClassVar[str] = "guidance"
+
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, coerce(type(self), f.name, getattr(self, f.name)))
@@ -167,8 +178,7 @@ class Guide:
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise OptionError("guidance: start and stop are shares with 0 <= start <= stop <= 1.")
         check_positive("guidance", clip_norm=self.clip_norm, data_std=self.data_std)
-        if self.n_draws > 1 and not self.smoothing:
-            raise OptionError("guidance: n_draws > 1 needs smoothing > 0, or all draws are equal.")
+        check_guide(self)
 
     @property
     def differentiates(self) -> bool:
@@ -285,8 +295,7 @@ class Guide:
         key, slots = ctx.key(rows.name(f"smooth/{turn}"), i), rows.slots or range(len(x))
         for first in range(0, len(x), size):
             part = slice(first, first + size)
-            noise = self._noise(key.normal(slots[part], (self.n_draws, *x.shape[1:])), t)
-            xi = None if noise is None else noise.transpose(0, 1).to(x)
+            xi = self._noise(key, slots[part], x, t)
             known = None if prediction is None else prediction.rows(part)
             found = self._look(x[part], t, xi, i, ctx.grid, reward_scale, known, rows.cond)
             parts.append((yield from found))
@@ -340,16 +349,21 @@ class Guide:
         slope = yield Gradient(f, leaf)
         return self._measured(slope, f.detach())
 
-    def _noise(self, z: Tensor, t: Time) -> Tensor | None:
-        """xi [n, n_draws, *event] from standard normals."""
+    def _noise(self, key: NoiseKey, slots: Sequence[int], x: Tensor, t: Time) -> Tensor | None:
+        """xi [n_draws, n, *event] of these slots; None, and nothing drawn, without smoothing."""
         if not self.smoothing:
             return None
+        z = key.normal(slots, (self.n_draws, *x.shape[1:])).transpose(0, 1).to(x)
+        return self.noise_std(t) * z
+
+    def noise_std(self, t: Time) -> float:
+        """The standard deviation of xi at a level."""
         power = t.alpha**2 + t.sigma**2
         std = {"constant": 1.0, "level": t.sigma / math.sqrt(power)}.get(self.spread)
         if std is None:
             s = self.data_std
             std = s * t.sigma / math.sqrt((t.alpha * s) ** 2 + t.sigma**2)
-        return self.smoothing * std * z
+        return self.smoothing * std
 
     def _smoothed(
         self, y: Tensor, xi: Tensor | None, reward_scale: float
@@ -374,7 +388,7 @@ class Guide:
                 norm = slope.flatten(1).norm(dim=1).clamp_min(1e-30)
                 size = norm * scale / math.sqrt(slope[0].numel())
             slope = slope / size.reshape(-1, *[1] * (slope.ndim - 1))
-        return clipped(slope, self.clip_norm, None)
+        return clipped(slope, None if self.clip_norm is None else self.clip_norm / scale, None)
 
     def weight(self, grid: Grid, i: int) -> float:
         """The schedule at step i; its mean over all steps is 1."""

@@ -118,6 +118,8 @@ class NoiseOptimisation(Sampler):
             value = getattr(self, option)
             if value is not None and not value >= 0.0:
                 raise OptionError(f"{self.name}: {option} must not be negative, got {value}.")
+        if self.lr is not None and not math.isfinite(self.lr):
+            raise OptionError(f"{self.name}: lr must be finite, got {self.lr}.")
         if not 0.0 <= self.momentum < 1.0 or not self.reg_weight >= 0.0:
             raise OptionError(
                 f"{self.name}: momentum must lie in [0, 1) and reg_weight must not be negative, "

@@ -8,18 +8,20 @@ always judges against the prompt that was asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steering.errors import OptionError, RewardError
+from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
+from steering.model import Model
 from steering.registry import METHODS
-from steering.requests import Decode, Outcome, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.requests import Ask, Decode, Outcome, Progress, Request, Run, Score
+from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
 from steering.samplers.rollout import walk
 from steering.scoring import Scores
 
@@ -55,7 +57,8 @@ class Reflect(Sampler):
             prompt stays.
         target_reward: what counts as right where there is no critic.
         memory: most critiques the rewriter sees; equal feedback counts once.
-        workers: critics asked at the same time (they are mostly remote); order is kept.
+        workers: critics asked at the same time (they are mostly remote), of all prompts together;
+            order is kept.
     """
 
     rounds: int | None = None
@@ -82,6 +85,20 @@ class Reflect(Sampler):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise OptionError(f"reflect: {option} must be at least 1, got {value}.")
+        if self.critic is not None:
+            refuse_idle(self, "critic", "target_reward")
+        else:
+            refuse_idle(self, "critic=None", "workers")
+        if self.rewriter is None:
+            refuse_idle(self, "rewriter=None", "memory")
+
+    def levels(self, model: Model) -> Grid:
+        if self.rewriter is not None and getattr(model, "add_prompt", None) is None:
+            raise OptionError(
+                f"reflect: {getattr(model, 'name', 'this model')!r} cannot be asked about other "
+                "prompts than it was made for, so there is nothing to rewrite. Leave rewriter out."
+            )
+        return super().levels(model)
 
     def cost(self, plan: Plan) -> Cost:
         """At most: a right picture ends the run."""
@@ -106,7 +123,7 @@ class Reflect(Sampler):
         judged, cond, prompt = [], None, ctx.prompt
         for k in range(self.rounds):
             outcome, scores = yield from self._generate(ctx, k, cond)
-            critiques = self._criticise(outcome.images, ctx.prompt, scores)
+            critiques = yield from self._criticise(outcome.images, ctx.prompt, scores)
             right = torch.tensor([c.correct for c in critiques])
             best = _best(outcome, right, best)
             yield Progress(
@@ -143,7 +160,9 @@ class Reflect(Sampler):
         )  # fmt: skip
         return outcome, scores
 
-    def _criticise(self, images: Tensor, prompt: str | None, scores: Scores) -> list[Critique]:
+    def _criticise(
+        self, images: Tensor, prompt: str | None, scores: Scores
+    ) -> Generator[Request, Any, list[Critique]]:
         """One critique for each picture, in their order."""
         if self.critic is None:
             goal = self.target_reward
@@ -153,9 +172,7 @@ class Reflect(Sampler):
                 for i in range(len(images))
             ]
             return [Critique(r, w) for r, w in zip(right, words, strict=True)]
-        critic = self.critic
-        with ThreadPoolExecutor(min(self.workers, len(images))) as pool:
-            said = list(pool.map(lambda image: critic(image, prompt), images))
+        said = yield Ask([partial(self.critic, image, prompt) for image in images], self.workers)
         return [_critique(answer) for answer in said]
 
     def _rewrite(self, ctx: Context, judged: Sequence[Critique]) -> str:

@@ -217,7 +217,10 @@ def plan_run(model: Model, method: Method, reward: Reward, budget: Budget) -> tu
     )
     fitted = method.fit(plan)
     _check_gradient(model, fitted, reward)
-    _check_law(fitted, reward)
+    if not stationary:
+        _check_law(fitted, reward)
+    if (check := getattr(fitted, "check_reward", None)) is not None:
+        check(reward)
     return fitted, plan
 
 
@@ -235,10 +238,8 @@ def _check_gradient(model: Model, method: Method, reward: Reward) -> None:
 
 
 def _check_law(method: Method, reward: Reward) -> None:
-    """A law p(x) exp(reward_scale r(x)) needs an r that is a function of x, and so does a search
-    that holds what it finds against what it has found before."""
-    if getattr(reward, "stationary", True):
-        return
+    """Raises where a reward that is no function of x meets a law p(x) exp(reward_scale r(x)), or a
+    search that holds what it finds against what it has found before."""
     if method.target == "tilted":
         raise OptionError(
             f"Method {method.name!r} samples p(x) exp(reward_scale r(x)), but the reward "

@@ -4,7 +4,8 @@ Every task is one prompt's generator. The engine collects what the tasks ask, me
 one kind into full batches across prompts, charges each task its share and sends the answers back.
 Scores and decodes are served before network calls, so that the tasks meet again at the network
 with as many rows as possible; gradients come after them, so that one backward pass serves all
-tasks, and last what can only be settled when all runs have come to it (Share).
+tasks, then callables that mostly wait (Ask), so that all tasks wait together, and last what can
+only be settled when all runs have come to it (Share).
 Nothing a task sees depends on its neighbours except rounding.
 """
 
@@ -30,6 +31,7 @@ from steering.method import Context
 from steering.model import Model
 from steering.paths import Prediction
 from steering.requests import (
+    Ask,
     Decode,
     Denoise,
     Gradient,
@@ -40,12 +42,12 @@ from steering.requests import (
     Share,
 )
 from steering.scoring import Scores, score
-from steering.task import Task, share_out
+from steering.task import Task, ask_all, share_out
 
 Listener = Callable[[Task, Progress], None]
 # A decoder holds far more per row than a network, and wider calls of it are no faster.
 _DECODES = 16
-_ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient, Share)
+_ORDER: tuple[type, ...] = (Score, Decode, Denoise, Gradient, Ask, Share)
 
 
 class Engine:
@@ -181,6 +183,8 @@ class Engine:
             requests = [pending[t] for t in group]
             if isinstance(requests[0], Gradient):
                 answers = self._gradients(group, requests)
+            elif isinstance(requests[0], Ask):
+                answers = ask_all(group, requests)
             elif isinstance(requests[0], Share):
                 ended = [t for t in self._tasks if t not in pending]
                 answers = share_out(ended, group, [r.need for r in requests])  # type: ignore[union-attr]
@@ -341,7 +345,7 @@ def _call_of(batch: Batch, call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _shared(task: Task, request: Request) -> tuple[object, ...]:
     """Requests of one kind that agree in this may share a call."""
-    if isinstance(request, Gradient | Share):
+    if isinstance(request, Gradient | Ask | Share):
         return ()
     reward = id(task.reward) if isinstance(request, Score) else None
     if _whole(task, type(request)):

@@ -6,13 +6,14 @@ A method is a generator: it yields a request and is sent the answer.
     images = yield Decode(x0)                 # Tensor [n, 3, H, W] in [0, 1]
     scores = yield Score(images, x0)          # Scores, checked
     slope = yield Gradient(scores.value, x)   # Tensor like x: of what was asked with grad=True
+    said = yield Ask(calls)                   # list of what the callables return
     yield Progress(step=i, of=n)              # None
     return Outcome(...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,22 @@ class Gradient:
 
 
 @dataclass(frozen=True, eq=False)
+class Ask:
+    """Ask callables that mostly wait, such as remote critics: those of all runs at once.
+
+    Answered when no run asks for anything that is computed here. The answer is the list of what
+    they return, in their order; what one raises is thrown into the method.
+
+    Attributes:
+        calls: without arguments; they run in threads.
+        workers: most of them at the same time, of all runs together.
+    """
+
+    calls: Sequence[Callable[[], Any]]
+    workers: int = 4
+
+
+@dataclass(frozen=True, eq=False)
 class Share:
     """Ask for a part of the network rows that all prompts of this call have left.
 
@@ -143,5 +160,5 @@ class Outcome:
     slots: Tensor | None = None
 
 
-Request = Denoise | Decode | Score | Gradient | Share | Progress
+Request = Denoise | Decode | Score | Gradient | Ask | Share | Progress
 Run = Generator[Request, Any, Outcome]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from steering.ledger import Budget, Ledger
 from steering.method import Method, Plan
 from steering.paths import Prediction, Time
-from steering.requests import Outcome, Request, Run, Score
+from steering.requests import Ask, Outcome, Request, Run, Score
 from steering.scoring import Reward, Scores
 from steering.trace import Trace
 
@@ -117,3 +119,33 @@ def share_out(ended: Sequence[Task], asking: Sequence[Task], needs: Sequence[flo
         part = need / total if total > 0.0 else 1.0 / len(capped)
         task.extra += int(pool * part) - task.left
     return [None if t.budget.nfe is None else t.left for t in asking]
+
+
+def ask_all(tasks: Sequence[Task], requests: Sequence[Ask]) -> list[Any]:
+    """What the callables of each task return, or the first error among them; all wait together.
+
+    Every task is charged its share of the seconds, under "ask".
+    """
+    started, calls = time.perf_counter(), [call for r in requests for call in r.calls]
+    with ThreadPoolExecutor(max(1, min(max(r.workers for r in requests), len(calls)))) as pool:
+        asked = [pool.submit(call) for call in calls]
+        said = [_result(future) for future in asked]
+    seconds, answers = time.perf_counter() - started, []
+    for task, request in zip(tasks, requests, strict=True):
+        mine, said = said[: len(request.calls)], said[len(request.calls) :]
+        failed = [answer for answer in mine if isinstance(answer, _Failure)]
+        answers.append(failed[0].error if failed else mine)
+        task.ledger.charge_seconds("ask", seconds * len(mine) / max(1, len(calls)))
+    return answers
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: Exception
+
+
+def _result(future: Future[Any]) -> Any:  # noqa: ANN401
+    try:
+        return future.result()
+    except Exception as error:  # it is the asking run's alone
+        return _Failure(error)

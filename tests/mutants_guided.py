@@ -29,6 +29,13 @@ _UNWEIGHED = "state = replace(self.advance(ctx, state, t, u, i, kernel), log_w=s
 
 MUTANTS = (
     Mutant(
+        "gradients are clipped in the path's coordinates",
+        "samplers/guides.py",
+        "self.clip_norm / scale",
+        "self.clip_norm",
+        ("tests/test_coordinates.py::test_gradients_are_clipped_equally",),
+    ),
+    Mutant(
         "guided: epf forgets the densities",
         "samplers/epf.py",
         _STEP,

@@ -8,6 +8,55 @@ NOISE, CARINOX = "tests/test_noise_optimisation.py", "tests/test_carinox.py"
 
 MUTANTS = (
     Mutant(
+        "momentum is not Nesterov's",
+        "samplers/noise_optimisation.py",
+        "nesterov=self.momentum > 0.0",
+        "nesterov=False",
+        (f"{NOISE}::test_momentum_is_nesterovs",),
+    ),
+    Mutant(
+        "step sizes in proportion to the number of numbers",
+        "samplers/noise_optimisation.py",
+        "5.0 * (d / 16384.0) ** 0.5",
+        "5.0 * (d / 16384.0)",
+        (f"{NOISE}::test_step_sizes_grow_with_the_radius_of_the_noise",),
+    ),
+    Mutant(
+        "master noise in half precision",
+        "samplers/noise_optimisation.py",
+        "torch.promote_types(x.dtype, torch.float32)",
+        "x.dtype",
+        (f"{NOISE}::test_master_noise_is_at_least_float32",),
+    ),
+    Mutant(
+        "the latest of equal iterates is delivered",
+        "samplers/noise_optimisation.py",
+        "wins = self.reward > other.reward",
+        "wins = self.reward >= other.reward",
+        (f"{NOISE}::test_the_first_of_equal_iterates_is_delivered",),
+    ),
+    Mutant(
+        "dno: nudges where nothing is optimised",
+        "samplers/dno.py",
+        "z if i < free else z + self",
+        "z + self",
+        (f"{NOISE}::test_nudges_differ_and_touch_only_what_is_optimised",),
+    ),
+    Mutant(
+        "dno: one nudge for all",
+        "samplers/dno.py",
+        'f"nudge/{i}/{j}"',
+        'f"nudge/{i}"',
+        (f"{NOISE}::test_nudges_differ_and_touch_only_what_is_optimised",),
+    ),
+    Mutant(
+        "dno: infinite gains",
+        "samplers/dno.py",
+        "gain = _gain(as_float64(scores.value), reward).to(images)",
+        "gain = (as_float64(scores.value) - reward).nan_to_num().to(images)",
+        (f"{NOISE}::test_the_hybrid_estimate_leaves_what_the_reward_refuses",),
+    ),
+    Mutant(
         "carinox: five starts whatever the budget pays for",
         "samplers/carinox.py",
         "return max(1, min(_STARTS, samples // passes))",

@@ -10,12 +10,18 @@ WAYS, IDLE = "tests/test_ways_out.py", "tests/test_idle_options.py"
 MUTANTS = (
     Mutant(
         "answers of slow critics in the order they come",
-        "samplers/reflect.py",
-        "said = list(pool.map(lambda image: critic(image, prompt), images))",
+        "steering/task.py",
+        "said = [_result(future) for future in asked]",
         "from concurrent.futures import as_completed\n"
-        "            asked = [pool.submit(critic, image, prompt) for image in images]\n"
-        "            said = [f.result() for f in as_completed(asked)]",
+        "        said = [_result(future) for future in as_completed(asked)]",
         (f"{REFLECT}::test_slow_critics_answer_out_of_turn_and_stay_in_order",),
+    ),
+    Mutant(
+        "critics of one prompt after those of another",
+        "steering/engine.py",
+        "answers = ask_all(group, requests)",
+        "answers = [a for t, r in zip(group, requests) for a in ask_all([t], [r])]",
+        (f"{REFLECT}::test_critics_of_all_prompts_are_asked_together",),
     ),
     Mutant(
         "the last round is delivered",

@@ -151,6 +151,23 @@ def test_weights_that_fit_no_component(reward, weights, word):
         step(CARINOX, reward, weights=weights)
 
 
+@pytest.mark.parametrize("reward", [A + B, ZSum(A, B, calibration=MEASURED), by_category("color")])
+def test_names_of_sums_are_checked_before_the_first_call(reward):
+    model = world(prompts="p")
+    method = CARINOX(n_iterations=2, restarts=1, weights={"frist": 2.0})
+    with pytest.raises(OptionError, match=r"frist.*first, second"):
+        steering.steer(model, reward=reward, method=method)
+    assert model.rows == 0
+    for weights in ({"first": 2.0}, {"second": 0.5}):
+        method = CARINOX(n_iterations=2, restarts=1, weights=weights)
+        assert steering.steer(model, reward=reward, method=method).ledger.nfe_backward > 0
+
+
+def test_a_reward_that_compares_has_no_components():
+    with pytest.raises(OptionError, match="no sum"):
+        CARINOX(weights={"first": 1.0}).check_reward(Min(A, B))
+
+
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_weights_that_are_none(weight):
     with pytest.raises(OptionError, match="weights"):

@@ -53,6 +53,14 @@ def test_guidance_leans_equally_far(space: str, normalise: str) -> None:
     torch.testing.assert_close(exploding, linear, rtol=0, atol=5e-3)
 
 
+def test_gradients_are_clipped_equally() -> None:
+    """In both coordinates to less than they measure."""
+    free, held = (Guidance(n_particles=3, clip_norm=c, eta=0.5) for c in (None, 0.1))
+    exploding, linear = (samples(path, held) for path in (VE(2000.0), Linear()))
+    torch.testing.assert_close(exploding, linear, rtol=0, atol=5e-3)
+    assert (samples(Linear(), free) - linear).abs().max() > 0.05
+
+
 @pytest.mark.parametrize("schedule", ["increase", "decrease"])
 def test_a_single_step_has_a_schedule_too(schedule: str) -> None:
     model = GaussianMixture([1.0], [[0.0, 0.0]], [1.0], steps=1)

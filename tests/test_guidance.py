@@ -154,16 +154,16 @@ def test_smoothing_with_the_posterior_is_the_exact_score() -> None:
 
 @pytest.mark.parametrize("spread", ["level", "constant", "posterior"])
 def test_the_size_of_the_smoothing(spread: str) -> None:
-    guide = Guide(smoothing=0.5, spread=spread, data_std=0.7, n_draws=2)
+    posterior = {"data_std": 0.7} if spread == "posterior" else {}
+    guide = Guide(smoothing=0.5, spread=spread, n_draws=2, **posterior)
     t = VP().at(0.4)
-    z = torch.ones(1, 2, 1, dtype=torch.float64)
     s = 0.7
     want = {
         "constant": 0.5,
         "level": 0.5 * t.sigma,
         "posterior": 0.5 * s * t.sigma / math.sqrt((t.alpha * s) ** 2 + t.sigma**2),
     }[spread]
-    assert float(guide._noise(z, t).max()) == pytest.approx(want)
+    assert guide.noise_std(t) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("space", ["state", "score"])

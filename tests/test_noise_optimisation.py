@@ -339,3 +339,101 @@ def test_short_runs_can_go_as_far_as_the_published_ones(momentum):
 
     assert distance(30) == pytest.approx(distance(50), rel=1e-5)
     assert distance(12) == pytest.approx(distance(50), rel=1e-5)
+
+
+# --- what each part of a step is there for ------------------------------------------------------
+
+
+def test_momentum_is_nesterovs():
+    """On a linear reward the k-th step is 1 + m + ... + m^k of the first, the last m^k more."""
+    model, reward = bump(1, steps=2), LinearReward([1.0])
+    seen = []
+
+    def watch(task, progress):
+        seen.append(float(progress.preview[0, 0]))
+
+    method = ReNO(n_iterations=5, lr=0.5, momentum=0.5, clip=1.0, regulariser="none")
+    steering.steer(model, reward=reward, method=method, listener=watch)
+    steps = torch.tensor(seen).diff()
+    speeds = torch.tensor([(1 - 0.5**k) / 0.5 for k in range(1, 5)])
+    torch.testing.assert_close(steps / steps[0], (1 + 0.5 * speeds) / 1.5, rtol=1e-4, atol=0)
+
+
+def test_step_sizes_grow_with_the_radius_of_the_noise():
+    """lr 5 on 16,384 numbers, clipped to .1: 16 times as many are moved 4 times as far."""
+    moved = []
+    for d in (4, 64):
+        seen = []
+        method = ReNO(n_iterations=50, regulariser="none", momentum=0.0)
+
+        def watch(task, progress, seen=seen):
+            seen.append(progress.preview[0, 0].double().clone())
+
+        reward = LinearReward([1.0, *[0.0] * (d - 1)])
+        steering.steer(bump(d, steps=2), reward=reward, method=method, listener=watch)
+        moved.append(float(seen[1] - seen[0]))
+    assert moved[1] / moved[0] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_master_noise_is_at_least_float32():
+    """Steps that are each below the resolution of half precision add up."""
+
+    class Half(GaussianMixture):
+        def noise(self, n, key, *, cond=0):
+            return super().noise(n, key, cond=cond).half()
+
+    model = Half([1.0], [[0.0, 0.0]], [1.0], steps=2)
+    method = ReNO(n_iterations=100, lr=1e-4, momentum=0.0, clip=1.0, regulariser="none")
+    result = steering.steer(model, reward=LinearReward([1.0, 0.0]), method=method)
+    radius = [rows[0] for rows in result.trace.column("radius")]
+    assert abs(radius[1] - radius[0]) > 1e-6
+    assert radius[-1] - radius[0] == pytest.approx(99 * (radius[1] - radius[0]), rel=0.05)
+
+
+def test_the_first_of_equal_iterates_is_delivered():
+    def flat(images, prompts):
+        return 0.0 * images.sum(1)
+
+    flat.differentiable = True
+    method = ReNO(n_iterations=4, reg_weight=1.0, clip=1.0, lr=0.3)
+    moved = steering.steer(bump(), reward=flat, method=method)
+    assert len({rows[0] for rows in moved.trace.column("radius")}) == 4
+    assert torch.equal(
+        moved.samples, steering.steer(bump(), reward=flat, method=BestOfN(n=1)).samples
+    )
+
+
+class Watched(GaussianMixture):
+    """Keeps the states that the network is asked about."""
+
+    def predict(self, x, t, **more):
+        self.asked = [*getattr(self, "asked", []), x.detach().clone()]
+        return super().predict(x, t, **more)
+
+
+def test_nudges_differ_and_touch_only_what_is_optimised():
+    model = Watched([1.0], [[0.5, 0.5]], [0.7], steps=3)
+    method = DNO(n_iterations=2, estimator="hybrid", n_perturbations=2, differentiate_last=1)
+    steering.steer(model, reward=BOWL, method=method)
+    walks = [torch.cat(model.asked[k : k + 3]) for k in (0, 3, 6)]
+    for near in walks[1:]:
+        assert torch.equal(near[:2], walks[0][:2])
+        assert not torch.equal(near[2], walks[0][2])
+    assert not torch.equal(walks[1][2], walks[2][2])
+
+
+def test_the_hybrid_estimate_leaves_what_the_reward_refuses():
+    """-inf left of a wall that few nudges pass: those say which way to go."""
+    for seed in range(3):
+        start = steering.steer(bump(), reward=BOWL, method=BestOfN(n=1, eta=1.0), seed=seed)
+        wall = float(start.samples[0, 0]) + 0.4
+
+        def walled(images, prompts, wall=wall):
+            return torch.where(images[:, 0] > wall, images[:, 0], -math.inf)
+
+        method = DNO(
+            n_iterations=40, estimator="hybrid", n_perturbations=16, perturbation=0.5, lr=0.05,
+            regulariser="none",
+        )  # fmt: skip
+        result = steering.steer(bump(), reward=walled, method=method, seed=seed)
+        assert result.best_reward > wall + 0.5

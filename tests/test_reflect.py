@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import steering
 from steering.analytic import GaussianMixture, LinearReward
-from steering.errors import OptionError, RewardError
+from steering.errors import OptionError, RewardError, TaskErrors
 from steering.noise import NoiseKey
 from steering.samplers import BestOfN, Critique, Reflect
 from steering.scoring import Scores
@@ -66,6 +67,50 @@ def test_slow_critics_answer_out_of_turn_and_stay_in_order():
     result = steering.steer(line(), reward=UP, method=method)
     said = [float(f) for f in result.trace.column("feedback")[0]]
     assert said == pytest.approx(result.trace.column("rewards")[0], abs=1e-5)
+
+
+def together(critic, **options):
+    """Four prompts, two pictures each, with this critic."""
+    model = GaussianMixture([1.0], [0.0], [1.0], steps=3, prompts=tuple("abcd"))
+    method = Reflect(rounds=2, n=2, critic=critic, workers=8, **options)
+    return steering.steer(model, reward=UP, method=method, seed=[0, 1, 2, 3])
+
+
+def test_critics_of_all_prompts_are_asked_together():
+    """Nobody passes before all eight are there."""
+    door = threading.Barrier(8, timeout=20.0)
+
+    def critic(image, prompt):
+        door.wait()
+        return False, f"{prompt}{float(image[0]):.6f}"
+
+    for prompt, result in zip("abcd", together(critic), strict=True):
+        for words, rewards in zip(
+            result.trace.column("feedback"), result.trace.column("rewards"), strict=True
+        ):
+            assert words == [f"{prompt}{r:.6f}" for r in rewards]
+        assert result.ledger.spent["ask"] > 0.0
+
+
+def test_a_critic_that_fails_for_one_prompt_fails_no_other():
+    def critic(image, prompt):
+        if prompt == "c":
+            raise RuntimeError("no answer")
+        return False
+
+    with pytest.raises(TaskErrors) as caught:
+        together(critic)
+    assert list(caught.value.errors) == [2]
+    assert "no answer" in str(caught.value.errors[2])
+    assert [r is None for r in caught.value.results] == [False, False, True, False]
+    assert caught.value.results[0].ledger.reward_calls == 4
+
+
+def test_a_rewriter_needs_a_model_that_takes_other_prompts():
+    model = line()
+    with pytest.raises(OptionError, match="nothing to rewrite"):
+        steering.steer(model, reward=UP, method=Reflect(rewriter=lambda p, c: p))
+    assert model.rows == 0
 
 
 def test_the_rewriter_sees_the_latest_critiques_once_each():
