@@ -130,14 +130,10 @@ def _model(pipe: object, prompt: Any, call_kwargs: dict[str, Any]) -> tuple[Mode
         raise OptionError(
             f"{pipe!r} is a name, not a pipeline. Open it first: steering.load({str(pipe)!r})."
         )
-    from steering.loading import call_defaults, source_of
     from steering.pipelines import wrap
 
-    source = source_of(pipe)
-    call = {**call_defaults(source), **call_kwargs}
-    if prompt is not None:
-        call["prompt"] = prompt
-    return wrap(pipe, name=source, **call), True
+    call = call_kwargs if prompt is None else {**call_kwargs, "prompt": prompt}
+    return wrap(pipe, **call), True
 
 
 def check_prompts(prompt: object) -> None:

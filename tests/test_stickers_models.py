@@ -319,3 +319,17 @@ def test_bars_are_read_as_written() -> None:
     assert stickers.verdicts(stickers.rows(data)) == {
         "stickers/overall": True, "stickers-sd/overall": False,
     }  # fmt: skip
+
+
+def test_a_wrapped_shipped_model_is_steered_as_the_pipeline_itself():
+    """Its call defaults, its name and so its own CLIP."""
+    pipe = load_pipeline("stickers-turbo")
+    call = {"reward": "clip", "method": "best_of_n", "options": {"n": 2}, "seed": 3}
+    with steering.wrap(pipe, prompt="a red clock") as model:
+        assert model.name == "stickers-turbo"
+        wrapped = steering.steer(model, **call)
+    plain = steering.steer(pipe, "a red clock", **call)
+    assert torch.equal(wrapped.samples, plain.samples)
+    assert wrapped.best_reward == plain.best_reward
+    with steering.wrap(pipe, prompt="a red clock", name="mine", num_inference_steps=2) as model:
+        assert (model.name, len(model.grid())) == ("mine", 2)

@@ -45,16 +45,22 @@ def wrap(
         pipe: the pipeline; it is not changed, and can be used beside.
         mixed_times: whether rows at different times may share a batch; "auto" finds out.
         max_batch: most rows of one frame (guidance may double them inside).
-        name: for reports; the pipeline's class by default.
+        name: for reports, and for rewards that have weights of their own for a model; by default
+            where the pipeline was loaded from, or its class.
         preview_decoder: a small autoencoder for estimates on the way, or the folder of an
             AutoencoderTiny; finished samples are always decoded by the pipeline's own.
-        call_kwargs: what one would pass to ``pipe(...)``. A list of prompts makes one model with
+        call_kwargs: what one would pass to ``pipe(...)``; shipped models have defaults of their own,
+            which `steer` uses too. A list of prompts makes one model with
             that many conditions, which ``cond`` chooses from.
 
     Raises:
         OptionError: an argument that ``pipe(...)`` does not have, or that steering decides.
         PipelineError: the pipeline cannot be driven, with the reason.
     """
+    from steering.loading import call_defaults, source_of
+
+    source = source_of(pipe)
+    name, call_kwargs = name or source, {**call_defaults(source), **call_kwargs}
     tiny = None if preview_decoder is None else open_preview(pipe, preview_decoder)
     model = WrappedPipeline(pipe, mixed_times, max_batch, name, call_kwargs)
     if tiny is not None:
