@@ -116,7 +116,7 @@ def at_work(net: Net, *, offload: bool) -> Iterator[None]:
 
 
 def is_at(module: torch.nn.Module, device: torch.device) -> bool:
-    """Whether all of a module is there already: ``to`` takes milliseconds to find that out."""
+    """Whether all of a module is there already: ``to`` is slower to find that out."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return all(tensor.device == device for tensor in tensors)
 

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steering.errors import BudgetError, OptionError
+from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Cost, Plan
 from steering.noise import NoiseKey, blend, eps_blend
@@ -163,7 +163,13 @@ class Evo(Sampler):
         """The population of each generation."""
         if isinstance(self.n_particles, tuple):
             return self.n_particles
-        return (self.n_particles or 1,) * (len(self.schedule) + 1)
+        each = self.least if self.n_particles is None else self.n_particles
+        return (each,) * (len(self.schedule) + 1)
+
+    @property
+    def least(self) -> int:
+        """The smallest generations: elites, and one that is new."""
+        return self.elites + 1 if self.schedule else 1
 
     def nodes(self, grid: Grid) -> list[int]:
         """The node that each generation after the first starts from.
@@ -186,19 +192,13 @@ class Evo(Sampler):
             what = f"evo with generations of {list(self.sizes())}"
             within_budget(plan, self.cost(plan), what, self)
             return self
-        open_ended = replace(self, elites=0)
 
-        def cost(n: int) -> Cost:
-            return replace(open_ended, n_particles=n).cost(plan)
+        def sized(more: int) -> Evo:
+            return replace(self, n_particles=self.least + more - 1)
 
-        what = f"individual in {len(self.schedule) + 1} generations"
-        n = afford(plan, cost, max(8, 2 * self.elites), what, open_ended)
-        if self.schedule and n <= self.elites:
-            raise BudgetError(
-                f"The budget pays for generations of {n}, which {self.elites} elites fill. It "
-                f"takes nfe={cost(self.elites + 1).nfe}, fewer elites or a shorter schedule."
-            )
-        return replace(self, n_particles=n)
+        what = f"search of {len(self.schedule) + 1} generations of {self.least}"
+        usual = max(8, 2 * self.elites) - self.least + 1
+        return sized(afford(plan, lambda k: sized(k).cost(plan), usual, what, self))
 
     def run(self, ctx: Context) -> Run:
         sizes, starts = self.sizes(), [0, *self.nodes(ctx.grid)]

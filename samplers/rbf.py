@@ -22,7 +22,7 @@ finishing step, and where it goes through the network a row a level and one befo
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import BudgetError, OptionError
-from steering.grids import SHAPES, Grid
+from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.model import Model
 from steering.paths import VP, Linear, Path
@@ -38,8 +38,8 @@ from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
 from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
 from steering.samplers.guides import Guide, Rows
-from steering.samplers.rbf_chain import Chain, Quotas, Stand
-from steering.samplers.rbf_levels import OnPath, rbf_grid
+from steering.samplers.rbf_chain import Chain, Quotas, Stand, best_of, each_level
+from steering.samplers.rbf_levels import OnPath, check_noise, rbf_grid, shape_of
 from steering.samplers.rollout import judge, walk
 from steering.samplers.twists import draw, require_gaussian
 from steering.transitions import ODE, Transition
@@ -75,9 +75,10 @@ class RBF(Sampler):
         finish: "ode" denoises the end of the search in ``finish_steps`` steps and scores the
             result; "none" delivers the one-step estimate of x0, which suits distilled models.
         path: where levels and Euler-Maruyama steps live: "vp", "linear", or the model's "own".
-        grid, steps: the shape of the levels in that path's time (10 by default); "own" takes the
-            pipeline's own levels. The authors' shape "rbf" ends its search at a noise share of
-            0.71: where the sample differs from the one-step estimate, what was found is lost.
+        grid, steps: the shape of the levels in that path's time (10 by default); "karras" goes by
+            noise levels, "own" takes the pipeline's own. The authors' shape "rbf" ends its search
+            at a noise share of 0.71: where the sample differs from the one-step estimate, what
+            was found is lost.
         level_times: explicit times of the path instead, falling from 1 to 0.
         transition, eta: as everywhere; "rbf" is the authors' g = 3 t^2.
     """
@@ -175,26 +176,24 @@ class RBF(Sampler):
         if self.guide is not None:
             require_gaussian("rbf with guidance", model)
         own = model.grid()
-        if self.level_times is not None:
-            shape: Sequence[float] | None = self.level_times
-        elif self.grid == "own":
-            shape = None
-        else:
-            shape = SHAPES[self.grid](self.steps or _LEVELS)
+        name, steps = self.level_times or self.grid, self.steps or _LEVELS
+        shape, clock = shape_of(name, steps, own.times[0], PATHS[self.path])
         count = len(own) if shape is None else len(shape) - 1
         if count < 2:
             raise OptionError(
                 "rbf: one step has no level to search (the step to the end adds no noise). Give "
                 "it steps >= 2, or levels of its own instead of grid='own'."
             )
-        usual = count - 2 if shape is not None else max(0, own.quiet - 1)
-        last = usual if self.last_level is None else self.last_level
+        usual = rbf_grid(model.path, own, clock, shape, count - 2, 1).quiet - 1
+        last = max(0, usual) if self.last_level is None else self.last_level
         if not 0 <= last <= count - 2:
             raise OptionError(
                 f"rbf: with {count} levels the last one to search lies in 0..{count - 2} (the "
                 f"step to the end adds no noise), got {last}."
             )
-        return rbf_grid(model.path, own, PATHS[self.path], shape, last, self._tail)
+        grid = rbf_grid(model.path, own, clock, shape, last, self._tail)
+        check_noise(self.kernel(), grid, last)
+        return grid
 
     @property
     def _tail(self) -> int:
@@ -204,29 +203,32 @@ class RBF(Sampler):
         """The last level searched on a grid made by ``levels``."""
         return len(grid) - self._tail - 1
 
+    def least(self, grid: Grid) -> int:
+        """The fewest proposals of a chain: the quotas of its levels, or one each."""
+        return sum(each_level(self.quota, self.last(grid) + 1))
+
     def quotas(self, grid: Grid) -> Quotas:
         """Proposals of each level.
 
         Raises:
             OptionError, BudgetError: they do not fit the levels, or the proposals.
         """
-        levels, total = self.last(grid) + 1, self.n_proposals or 1
-        if isinstance(self.quota, tuple):
-            each = self.quota
-        else:
-            each = (self.quota or max(1, total // levels),) * levels
-        if len(each) != levels:
-            raise OptionError(f"rbf: {levels} levels are searched, quota has {len(each)} entries.")
+        levels, total = self.last(grid) + 1, self.n_proposals or self.least(grid)
+        each = each_level(self.quota, levels, total)
         if sum(each) > total:
             raise BudgetError(
                 f"rbf: {total} proposals do not fill {levels} levels with quotas that sum to "
-                f"{sum(each)}. Raise n_proposals (or the budget), or lower quota or the levels."
+                f"{sum(each)}. Raise n_proposals to {sum(each)}, or lower quota or the levels."
             )
         return Quotas(each=each, total=total, rollover=self.rollover, spend_rest=self.spend_rest)
 
     def cost(self, plan: Plan) -> Cost:
-        """Exact where nothing stops early and all rows cost the same, else at most."""
-        tried = self.n_init + (self.n_proposals or 1)
+        """Exact where nothing stops early and all rows cost the same, else at most.
+
+        Without n_proposals a lower bound: how many levels there are is for ``fit`` to say.
+        """
+        quota = self.quota if isinstance(self.quota, tuple) else (self.quota or 1,)
+        tried = self.n_init + (self.n_proposals or sum(quota))
         again, calls = self._guided(plan)
         rows = self.n_chains * max(plan.costs)
         judged = self.n_chains * (tried + 1 + calls)
@@ -244,17 +246,19 @@ class RBF(Sampler):
         return len(again) * (self.guide.rho > 0.0), sum(self.per_step(plan)[1][:end])
 
     def fit(self, plan: Plan) -> RBF:
+        self.quotas(plan.grid)
         if self.n_proposals is not None:
             within_budget(plan, self.cost(plan), f"rbf with {self.n_proposals} proposals", self)
-            fitted = self
-        else:
-            what = f"proposal after {self.n_chains} x {self.n_init} starting noises"
-            n = afford(
-                plan, lambda n: replace(self, n_proposals=n).cost(plan), _DEFAULT, what, self
-            )
-            fitted = replace(self, n_proposals=n)
-        fitted.quotas(plan.grid)
-        return fitted
+            return self
+        least = self.least(plan.grid)
+
+        def sized(more: int) -> RBF:
+            return replace(self, n_proposals=least + more - 1)
+
+        levels, each = self.last(plan.grid) + 1, f"{self.n_init} noises and {least} proposals"
+        what = f"search of {levels} levels (by {self.n_chains} chains, {each} each)"
+        usual = max(1, _DEFAULT - least + 1)
+        return sized(afford(plan, lambda more: sized(more).cost(plan), usual, what, self))
 
     def run(self, ctx: Context) -> Run:
         chains = yield from self._start(ctx)
@@ -277,7 +281,7 @@ class RBF(Sampler):
         chains, quotas = [], self.quotas(ctx.grid)
         for c in range(self.n_chains):
             own = stands[c * n : (c + 1) * n]
-            chains.append(Chain(index=c, stand=_best(own), quotas=quotas))
+            chains.append(Chain(index=c, stand=best_of(own), quotas=quotas))
         rewards = [stand.reward for stand in stands]
         yield Progress(step=0, of=self.last(ctx.grid) + 1, info={"rewards": rewards})
         return chains
@@ -345,7 +349,7 @@ class RBF(Sampler):
 
     def _learn(self, chain: Chain, stands: list[Stand]) -> dict[str, Any]:
         """Moves a chain by what its proposals earned; says what happened."""
-        best, level, quota = _best(stands), chain.level, chain.quota
+        best, level, quota = best_of(stands), chain.level, chain.quota
         chain.note(stands, best)
         passed = self._passes(best.reward, chain.bar)
         info = {"level": level, "quota": quota, "used": chain.used, "reward": best.reward}
@@ -369,7 +373,7 @@ class RBF(Sampler):
 
     def _goal(self, stands: list[Stand]) -> Stand | None:
         """The best of these if it reaches reward_max."""
-        best = _best(stands)
+        best = best_of(stands)
         reached = self.reward_max is not None and best.reward >= self.reward_max
         return best if reached else None
 
@@ -394,8 +398,3 @@ class RBF(Sampler):
         info = {"finished": rewards, "best": best.reward}
         yield Progress(step=of, of=of, info=info, preview=best.image)
         return best.outcome()
-
-
-def _best(stands: Sequence[Stand]) -> Stand:
-    """The highest reward; ties go to the first."""
-    return max(stands, key=lambda stand: stand.reward)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from steering.errors import OptionError
 from steering.noise import Name
 from steering.paths import Prediction
 from steering.samplers.guides import Guided
@@ -45,6 +46,23 @@ class Quotas:
     def last(self) -> int:
         """The last level."""
         return len(self.each) - 1
+
+
+def each_level(
+    quota: int | tuple[int, ...] | None, levels: int, total: int = 0
+) -> tuple[int, ...]:
+    """Proposals of each level.
+
+    Args:
+        quota: as in `rbf`; None takes equal shares of the total, one each at least.
+
+    Raises:
+        OptionError: a list for another number of levels.
+    """
+    each = quota if isinstance(quota, tuple) else (quota or max(1, total // levels),) * levels
+    if len(each) != levels:
+        raise OptionError(f"rbf: {levels} levels are searched, quota has {len(each)} entries.")
+    return each
 
 
 @dataclass(eq=False, kw_only=True)
@@ -113,3 +131,8 @@ class Chain:
     def end(self) -> Stand:
         """What the search has found: the best proposal of the level it ended at."""
         return self.best or self.stand
+
+
+def best_of(stands: Sequence[Stand]) -> Stand:
+    """The highest reward; ties go to the first."""
+    return max(stands, key=lambda stand: stand.reward)

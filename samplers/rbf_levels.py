@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError
-from steering.grids import Grid
-from steering.paths import Path, Prediction, Time, Times
+from steering.grids import SHAPES, Grid, starting_at
+from steering.paths import Linear, Path, Prediction, Time, Times
+from steering.samplers.base import EtaSchedule
 from steering.transitions import Step, Transition
+
+_FAINT = 0.01
+"""An eta at which proposals are as good as equal."""
 
 
 def time_on(path: Path, log_snr: float) -> float:
@@ -59,6 +63,44 @@ def _matched(path: Path, time: Time) -> tuple[Time, float]:
     return there, (there.alpha + there.sigma) / (time.alpha + time.sigma)
 
 
+def shape_of(
+    name: str | Sequence[float], n: int, first: Time, path: Path | None
+) -> tuple[Sequence[float] | None, Path | None]:
+    """The times of a shape of n steps below a first level, and the path in whose time they are.
+
+    Args:
+        name: as in steering.grids, or the times; "own" has none (None).
+        path: that of the search; "karras" goes by noise levels instead, as in other methods.
+    """
+    if not isinstance(name, str):
+        return name, path
+    if name == "own":
+        return None, path
+    if name != "karras":
+        return SHAPES[name](n), path
+    below = starting_at(first, Linear(), name, n).times[1:]
+    return [time_on(Linear(), first.log_snr), *[time.t for time in below]], Linear()
+
+
+def check_noise(kernel: Transition, grid: Grid, last: int) -> None:
+    """Raises where an eta schedule leaves a level that is searched without noise.
+
+    Raises:
+        OptionError: names the level, its eta and what to change.
+    """
+    if not isinstance(kernel, EtaSchedule):
+        return
+    for k, time in enumerate(grid.times[: last + 1]):
+        eta, share = kernel.at(time).eta, time.sigma / (time.alpha + time.sigma)
+        if eta < _FAINT:
+            end = f", or set last_level={k - 1}" if k else ""
+            raise OptionError(
+                f"rbf: level {k} (noise share {share:.3g}) adds no noise, so all proposals there "
+                f"would be equal: eta is {eta:.2g} there, on the line from eta={kernel.eta:g} at "
+                f"pure noise to eta_end={kernel.end:g} on data. Set both above {_FAINT:g}{end}."
+            )
+
+
 def rbf_grid(
     model: Path, own: Grid, path: Path | None, shape: Sequence[float] | None, last: int, tail: int
 ) -> Grid:
@@ -97,4 +139,4 @@ def _node(model: Path, clock: Path, r: float) -> Time:
     return model.at(time_on(model, level))
 
 
-__all__ = ["OnPath", "rbf_grid", "time_on"]
+__all__ = ["OnPath", "check_noise", "rbf_grid", "shape_of", "time_on"]

@@ -40,6 +40,8 @@ from steering.resampling import multinomial
 ROOT = 0
 FORMAT, VERSION = "steering-tree", 1
 Backup = Literal["soft", "mean", "max"]
+Node = tuple[float, float]
+"""(alpha, sigma) of a grid node."""
 
 
 class Tree:
@@ -53,6 +55,7 @@ class Tree:
         prompt: whose tree it is.
         weighed: whether ratios count; a search for the maximum takes children as drawn from the
             model, however they were found.
+        nodes: (alpha, sigma) of every grid node; () where nobody knows them.
 
     Attributes:
         parent, visits, reward, value: lists over nodes; rewards are NaN but for leaves, values
@@ -72,8 +75,10 @@ class Tree:
         backup: Backup = "soft",
         prompt: str | None = None,
         weighed: bool = True,
+        nodes: Sequence[Node] = (),
     ) -> None:
         self.levels, self.reward_scale = tuple(levels), reward_scale
+        self.nodes = tuple(nodes)
         self.backup: Backup = backup
         self.prompt, self.weighed = prompt, weighed
         self.parent, self.depth, self.visits = [-1], [0], [0]
@@ -178,6 +183,21 @@ class Tree:
         self.low, self.high = math.inf, -math.inf
         self.back_up(self.leaves)
 
+    def move_to(self, nodes: Sequence[Node]) -> None:
+        """Takes all states to other coordinates of the same noise levels (steering.paths).
+
+        Args:
+            nodes: (alpha, sigma) of every grid node there.
+        """
+        pairs = zip(self.nodes, nodes, strict=True)
+        scale = [(a + b) / (alpha + sigma) for (alpha, sigma), (a, b) in pairs]
+        for node in range(1, len(self)):
+            c, state = scale[self.place(node)], self.states[node]
+            # Equal up to rounding, or integers: the bits stay.
+            if state is not None and not math.isclose(c, 1.0, rel_tol=1e-4):
+                self.states[node] = c * state
+        self.nodes = tuple(nodes)
+
     # --- descending ---
 
     def choose(self, node: int, uniform: float) -> int:
@@ -244,6 +264,8 @@ class Tree:
             "visits": torch.tensor(self.visits),
             "reward": torch.tensor(self.reward, dtype=torch.float64),
         }
+        if self.nodes:
+            tensors["nodes"] = torch.tensor(self.nodes, dtype=torch.float64)
         if any(self.ratio):
             tensors["ratio"] = torch.tensor(self.ratio, dtype=torch.float64)
         if len(self) > 1:
@@ -280,6 +302,10 @@ class Tree:
             raise ValueError("lists of different lengths")
         if self.backup not in ("soft", "mean", "max"):
             raise ValueError(f"backup {self.backup!r}")
+        if "nodes" in tensors:
+            self.nodes = tuple((alpha, sigma) for alpha, sigma in tensors["nodes"].tolist())
+            if len(self.nodes) != self.levels[-1] + 1:
+                raise ValueError(f"{len(self.nodes)} grid nodes for levels {self.levels}")
         self.visits[ROOT] = visits[0]
         for node, parent in enumerate(parents[1:], 1):
             if not 0 <= parent < node or self.is_leaf(parent):

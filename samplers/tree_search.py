@@ -35,9 +35,11 @@ from steering.samplers.base import (
     check_levels,
     check_scale,
     checkpoint_steps,
+    refuse_idle,
     within_budget,
 )
 from steering.samplers.tree import ROOT, Backup, Tree, writable
+from steering.samplers.tree_files import decode_again, load_for, noise_of, tree_file
 from steering.samplers.tree_rollout import roll_out
 
 _DEFAULT = 16
@@ -45,9 +47,6 @@ _DEFAULT = 16
 
 _FREE = 8
 """Descents in a row that may end at a finished sample before a node above it branches anyway."""
-
-_CHUNK = 16
-"""Samples decoded together where their pictures are needed again."""
 
 
 class Price(NamedTuple):
@@ -83,7 +82,9 @@ class TreeSearch(Sampler):
         save_tree: file for the tree, written at the end, also of a stopped or failed run. With
             several prompts the index of each is put before the suffix.
         load_tree: file of a tree to go on with. Its rewards are taken as they are, so the
-            reward must be the same; its samples are decoded again where they are delivered.
+            reward must be the same; its samples are decoded again where they are delivered, also
+            past a cap on seconds. Branch levels, and the noise levels of the grid, must be the
+            same too.
     """
 
     trajectories: int | None = None
@@ -123,6 +124,8 @@ class TreeSearch(Sampler):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise OptionError(f"{self.name}: {option} must be at least 1, got {value}.")
+        if self.noise_levels is not None:
+            refuse_idle(self, "noise_levels", "branch_levels")
         levels = self.branch_levels if self.noise_levels is None else self.noise_levels
         if levels and self._most > 1 and not self.kernel().stochastic:
             raise OptionError(
@@ -334,24 +337,16 @@ class TreeSearch(Sampler):
         """An empty tree, or the one to go on with.
 
         Raises:
-            OptionError: a tree of another prompt, another kind of state or other levels.
+            OptionError: a tree that does not fit, or whose weights are not known.
         """
         assert self.reward_scale is not None
-        levels, prompt = self.tree_levels(ctx.grid), ctx.model.prompts[ctx.cond]
+        levels = self.tree_levels(ctx.grid)
         options: Any = {"reward_scale": self.reward_scale, "backup": self.backup}
         options["weighed"] = self.weighed
         if self.load_tree is None:
-            return Tree(levels, prompt=prompt, **options)
+            return Tree(levels, prompt=ctx.prompt, nodes=noise_of(ctx.grid), **options)
         path = tree_file(self.load_tree, ctx)
-        tree = Tree.load(path)
-        shape = tuple(tree.stack([1]).shape[1:]) if len(tree) > 1 else ctx.model.event_shape
-        for what, here, there in (
-            ("prompt", prompt, tree.prompt),
-            ("branch levels", tuple(levels), tree.levels),
-            ("shape of a state", tuple(ctx.model.event_shape), shape),
-        ):
-            if here != there:
-                raise OptionError(f"{path}: the tree's {what} is {there!r}, not {here!r}.")
+        tree = load_for(ctx, path, levels)
         if self.weighed and any(map(math.isnan, tree.ratio)):
             raise OptionError(
                 f"{path}: rollouts of this tree were guided and their densities not kept, so its "
@@ -374,10 +369,7 @@ class TreeSearch(Sampler):
     def _deliver(self, ctx: Context, tree: Tree, pictures: dict[int, Tensor]) -> Run:
         leaves, log_w, log_z = self._chosen(ctx, tree)
         lost = [leaf for leaf in dict.fromkeys(leaves) if leaf not in pictures]
-        for k in range(0, len(lost), _CHUNK):
-            part = lost[k : k + _CHUNK]
-            images = yield Decode(tree.stack(part).to(ctx.model.device))
-            pictures |= dict(zip(part, images.detach().cpu(), strict=True))
+        pictures |= yield from decode_again(ctx, tree, lost)
         number = {leaf: k for k, leaf in enumerate(tree.leaves)}
         return Outcome(
             x0=tree.stack(leaves).to(ctx.model.device),
@@ -393,11 +385,3 @@ def stream(key: NoiseKey) -> Iterator[float]:
     """Uniform numbers without end."""
     for block in count():
         yield from key.at(step=block).uniform(256).tolist()
-
-
-def tree_file(path: str, ctx: Context) -> Path:
-    """The file of this prompt's tree."""
-    file = Path(path)
-    if len(ctx.model.prompts) == 1:
-        return file
-    return file.with_name(f"{file.stem}-{ctx.cond:04d}{file.suffix}")

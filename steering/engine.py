@@ -184,7 +184,7 @@ class Engine:
             if isinstance(requests[0], Gradient):
                 answers = self._gradients(group, requests)
             elif isinstance(requests[0], Ask):
-                answers = ask_all(group, requests)
+                answers = ask_all(group, requests)  # type: ignore[arg-type]
             elif isinstance(requests[0], Share):
                 ended = [t for t in self._tasks if t not in pending]
                 answers = share_out(ended, group, [r.need for r in requests])  # type: ignore[union-attr]

@@ -19,7 +19,7 @@ MUTANTS = (
     Mutant(
         "critics of one prompt after those of another",
         "steering/engine.py",
-        "answers = ask_all(group, requests)",
+        "answers = ask_all(group, requests)  # type: ignore[arg-type]",
         "answers = [a for t, r in zip(group, requests) for a in ask_all([t], [r])]",
         (f"{REFLECT}::test_critics_of_all_prompts_are_asked_together",),
     ),
@@ -88,10 +88,38 @@ MUTANTS = (
     ),
     Mutant(
         "options without meaning pass in silence",
-        "samplers/base.py",
+        "samplers/idle.py",
         "    if idle:\n",
         "    if False:\n",
         (f"{IDLE}::test_an_option_that_would_be_ignored_is_refused",),
+    ),
+    Mutant(
+        "an eta beside another transition passes in silence",
+        "samplers/base.py",
+        'refuse_idle(self, f"transition={self.transition!r}", "eta")',
+        "pass",
+        (f"{IDLE}::test_an_option_that_would_be_ignored_is_refused",),
+    ),
+    Mutant(
+        "a resampler is taken where nothing is resampled",
+        "samplers/idle.py",
+        'if options.resample == "never":',
+        "if False:",
+        (f"{IDLE}::test_an_option_that_would_be_ignored_is_refused",),
+    ),
+    Mutant(
+        "das: the threshold of adaptive tempers is refused",
+        "samplers/das.py",
+        'threshold_counts=self.tempering == "adaptive"',
+        "threshold_counts=False",
+        (f"{IDLE}::test_where_it_counts_it_is_taken",),
+    ),
+    Mutant(
+        "auto hands its eta on beside every transition",
+        "samplers/auto.py",
+        'if self.transition == "eta":',
+        "if True:",
+        (f"{IDLE}::test_auto_hands_on_what_counts",),
     ),
     Mutant(
         "reflect makes one round less",

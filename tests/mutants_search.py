@@ -8,6 +8,7 @@ QUOTAS = "tests/test_rbf.py::test_quotas_are_kept_and_roll_over"
 MOVES = "tests/test_rbf.py::test_what_a_chain_moves_to_and_what_it_must_beat"
 CHAIN = "tests/test_rbf.py::test_one_proposal_a_level"
 PLAIN = "tests/test_rbf.py::test_without_preference_states_follow_the_plain_sde"
+LEAST = "tests/test_rbf.py::test_the_budget_that_an_error_asks_for_is_enough_and_no_more"
 ELITES = "tests/test_evo.py::test_elites_survive_unchanged_at_the_level_they_were_found"
 MIDDLE = "tests/test_evo.py::test_the_law_of_states_mutated_on_the_way"
 PIVOT = "tests/test_zero_order.py::test_every_round_searches_round_the_pivot"
@@ -89,6 +90,55 @@ MUTANTS = (
         "[start * r / shape[0] for r in shape[1 : last + 2]]",
         "list(shape[1 : last + 2])",
         ("tests/test_rbf.py::test_a_pipeline_that_starts_late_keeps_its_first_level",),
+    ),
+    Mutant(
+        "rbf: karras levels read in the time of the search",
+        "samplers/rbf_levels.py",
+        '    if name != "karras":',
+        "    if True:",
+        ("tests/test_rbf_levels.py::test_karras_levels_are_those_of_karras_on_every_path",),
+    ),
+    Mutant(
+        "rbf: karras levels squeezed below the first",
+        "samplers/rbf_levels.py",
+        "return [time_on(Linear(), first.log_snr), *",
+        "return [1.0, *",
+        ("tests/test_rbf_levels.py::test_karras_levels_of_a_late_start_lie_below_it",),
+    ),
+    Mutant(
+        "rbf: quiet levels of shapes searched",
+        "samplers/rbf.py",
+        "shape, count - 2, 1).quiet - 1",
+        "shape, count - 2, 1).quiet * 0 + count - 2",
+        ("tests/test_rbf_levels.py::test_levels_that_add_a_trace_of_noise_are_not_searched",),
+    ),
+    Mutant(
+        "rbf: a level without noise searched",
+        "samplers/rbf.py",
+        "        check_noise(self.kernel(), grid, last)\n",
+        "",
+        ("tests/test_rbf_levels.py::test_a_level_without_noise_is_refused_at_once",),
+    ),
+    Mutant(
+        "rbf: only the first level must have noise",
+        "samplers/rbf_levels.py",
+        "enumerate(grid.times[: last + 1])",
+        "enumerate(grid.times[:1])",
+        ("tests/test_rbf_levels.py::test_a_level_without_noise_is_refused_at_once",),
+    ),
+    Mutant(
+        "rbf: an error that asks for the cost of one proposal",
+        "samplers/rbf.py",
+        "return replace(self, n_proposals=least + more - 1)",
+        "return replace(self, n_proposals=more)",
+        (LEAST,),
+    ),
+    Mutant(
+        "rbf: quotas forgotten in what a budget must pay",
+        "samplers/rbf.py",
+        "return sum(each_level(self.quota, self.last(grid) + 1))",
+        "return self.last(grid) + 1",
+        (LEAST,),
     ),
     Mutant(
         "evo: elites mutated",

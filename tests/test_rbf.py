@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from steering.analytic import GaussianMixture
 from steering.errors import BudgetError, OptionError
 from steering.grids import Grid, on_path, uniform
+from steering.ledger import Budget
 from steering.method import Context, build_method
 from steering.noise import NoiseKey
 from steering.paths import VP, Cosine, Linear
@@ -380,10 +382,11 @@ def test_budgets_are_filled_and_never_exceeded(nfe: int) -> None:
 @pytest.mark.parametrize(
     ("method", "nfe", "message"),
     [
-        (RBF(n_init=4, steps=5), 2 * 2 * 11, "one proposal"),
-        (RBF(n_init=4, steps=5), 2 * 2 * (4 + 7 + 3), "3 proposals do not fill 4 levels"),
-        (RBF(n_init=4, steps=5, quota=3), 2 * 2 * (4 + 7 + 11), "sum to 12"),
+        (RBF(n_init=4, steps=5), 2 * 2 * 11, "4 proposals"),
+        (RBF(n_init=4, steps=5), 2 * 2 * (4 + 7 + 3), "4 levels .*4 proposals.* needs 60 here"),
+        (RBF(n_init=4, steps=5, quota=3), 88, "12 proposals.* needs 92 here.* quota, "),
         (RBF(n_init=4, steps=5, n_proposals=40), 200, "needs nfe=204"),
+        (RBF(n_init=4, steps=5, n_proposals=3), 900, "Raise n_proposals to 4"),
     ],
 )
 def test_budgets_that_do_not_pay_are_refused_at_once(method, nfe: int, message: str) -> None:
@@ -391,6 +394,42 @@ def test_budgets_that_do_not_pay_are_refused_at_once(method, nfe: int, message: 
     with pytest.raises(BudgetError, match=message):
         steer(model, BOWL, method, nfe=nfe)
     assert model.rows == 0
+
+
+NARROW = [
+    {},
+    {"n_init": 1, "n_chains": 1, "finish": "none"},
+    {"steps": 300, "n_init": 3, "n_chains": 1},
+    {"quota": 4},
+    {"quota": (1, 5, 2, 1), "steps": 5},
+    {"grid": "own", "batch": 4},
+]
+
+
+@pytest.mark.parametrize("counter", ["nfe", "reward_calls"])
+@pytest.mark.parametrize("options", NARROW, ids=str)
+def test_the_budget_that_an_error_asks_for_is_enough_and_no_more(options, counter) -> None:
+    method = RBF(**options)
+
+    def run(cap: int):
+        return steer(guided(), BOWL, method, budget=Budget(**{counter: cap}))
+
+    with pytest.raises(BudgetError, match=f"{counter}=1 is too small") as caught:
+        run(1)
+    (least,) = map(int, re.findall(r"needs (\d+) here", str(caught.value)))
+    with pytest.raises(BudgetError, match=f"needs {least} here"):
+        run(least - 1)
+    result = run(least)
+    assert getattr(result.ledger, counter) == least
+    levels = {e["level"] for e in result.trace.events if "chain" in e}
+    assert len(levels) == 1 + max(levels), "every level is searched"
+
+
+def test_a_quota_larger_than_the_default_raises_the_default() -> None:
+    method = RBF(quota=100, n_init=1, n_chains=1)
+    fitted = method.fit(plan_of(plane(), method))
+    assert fitted.n_proposals == 900
+    assert RBF(quota=3).fit(plan_of(plane(), method)).n_proposals == 225
 
 
 @pytest.mark.parametrize(

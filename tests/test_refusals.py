@@ -37,6 +37,7 @@ def refused(name: str, options: dict[str, Any], kind: type, *, steps: int = 6, *
 
 UNITS = {"reward_calls": {
     "best_of_majority", "best_of_n", "dno", "dts", "dts_star", "random_search", "reflect", "reno",
+    "carinox",
 }, "nfe": set()}  # fmt: skip
 """Methods that can do with one of these."""
 
@@ -44,7 +45,7 @@ UNITS = {"reward_calls": {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cap", ["nfe", "reward_calls"])
 def test_a_budget_that_pays_for_nothing(name: str, cap: str) -> None:
-    """It says how much is needed; what that much cannot pay for is said in turn."""
+    """It says how much is needed, and that much is enough."""
     one = {"budget": Budget(**{cap: 1})}
     if name in UNITS[cap]:
         assert steering.steer(world(), reward=near, method=name, **one).ledger.reward_calls == 1
@@ -53,10 +54,6 @@ def test_a_budget_that_pays_for_nothing(name: str, cap: str) -> None:
     assert "Raise" in message
     need = int(re.findall(r"needs (?:\w+=)?(\d+)", message)[0])
     enough = Budget(**{cap: need})
-    if name in ("evo", "rbf"):  # this pays for one, which is too few of them
-        again = refused(name, {}, BudgetError, budget=enough)
-        assert re.search("or the budget|fewer elites", again)
-        enough = Budget(**{cap: 4 * need})
     ledger = steering.steer(world(), reward=near, method=name, budget=enough).ledger
     assert 0 < getattr(ledger, cap) <= getattr(enough, cap)
 
@@ -173,7 +170,7 @@ def test_populations_that_cannot_be_filled(name: str) -> None:
 
 
 def test_a_budget_that_does_not_fill_a_population() -> None:
-    assert "fewer elites or a shorter schedule" in refused("evo", {}, BudgetError, nfe=59)
+    assert "lower schedule, elites or" in refused("evo", {}, BudgetError, nfe=59)
     assert "Lower burn_in" in refused("particle_gibbs", {"burn_in": 2}, OptionError, nfe=30)
     assert "Lower burn_in" in refused("parallel_tempering", {"burn_in": 4}, OptionError, nfe=60)
 

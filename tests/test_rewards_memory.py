@@ -196,7 +196,7 @@ def test_offload_leaves_the_network_on_the_cpu_unless_a_gradient_follows(rewards
 
 
 def test_a_network_that_is_in_its_place_is_not_moved_there_again():
-    """``to`` walks all layers: milliseconds a call, beside a reward that takes not many more."""
+    """``to`` walks all layers, at every call."""
     here = torch.device("cpu")
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     moves = []

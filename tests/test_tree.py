@@ -1,18 +1,27 @@
-"""The tree by itself: values, weights and draws by hand, and the file it is kept in."""
+"""The tree by itself: values, weights and draws by hand, the file it is kept in, and runs that
+go on with it."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from steering.analytic import GaussianMixture
 from steering.errors import OptionError, SteeringError
+from steering.grids import on_path, same_log_snr, shifted, uniform
+from steering.ledger import Budget
 from steering.noise import NoiseKey
+from steering.paths import VE, Linear, Path
+from steering.samplers import DTS, DTSStar
 from steering.samplers.tree import ROOT, Tree, combine
+from tests.populations import LINE, line, steer
 
 INF = math.inf
 
@@ -35,7 +44,8 @@ def small(scale: float = 2.0, backup: str = "soft", rewards=(0.5, -1.0, 1.5, 0.2
 def grown(seed: int, backup: str = "soft", scale: float = 1.5) -> Tree:
     """A tree of three levels with random shape and rewards."""
     generator = torch.Generator().manual_seed(seed)
-    tree = Tree([1, 3, 5, 6], reward_scale=scale, backup=backup)
+    nodes = [(1.0 - k / 6, k / 6) for k in range(6, -1, -1)]
+    tree = Tree([1, 3, 5, 6], reward_scale=scale, backup=backup, nodes=nodes)
     for _ in range(30):
         inner = [n for n in range(len(tree)) if not tree.is_leaf(n)]
         parent = inner[int(torch.randint(len(inner), (), generator=generator))]
@@ -145,7 +155,7 @@ def test_a_chain_needs_a_state_for_each_level() -> None:
 
 # --- the file ---------------------------------------------------------------------------------
 
-LISTS = ("levels", "parent", "depth", "visits", "children", "leaves", "prompt", "backup")
+LISTS = ("levels", "nodes", "parent", "depth", "visits", "children", "leaves", "prompt", "backup")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -198,6 +208,7 @@ DAMAGE = {
     "different lengths": lambda a, t: t.update(visits=torch.tensor([1, 1])),
     "has no reward": lambda a, t: t.update(reward=torch.full((3,), math.nan).double()),
     "neither children": lambda a, t: t.update(parent=torch.tensor([-1, 0, 0])),
+    "3 grid nodes for levels": lambda a, t: t.update(nodes=torch.zeros(3, 2)),
     "StopIteration": lambda a, t: t.update(x=torch.zeros(1, 2)),
 }
 
@@ -224,3 +235,126 @@ def test_foreign_and_missing_files_are_refused(tmp_path) -> None:
     assert "a" in load_file(tmp_path / "weights")
     with pytest.raises(OptionError, match="not a tree"):
         Tree.load(tmp_path / "weights")
+
+
+# --- runs that go on with a tree --------------------------------------------------------------
+
+LEVELS = {"branch_levels": (0.25, 0.5), "reward_scale": 1.0}
+
+
+def two(times: list[float], path: Path = Linear()) -> GaussianMixture:  # noqa: B008
+    """A model at these linear times, or at the same noise levels of another path."""
+    grid = on_path(path, same_log_snr(times, Linear(), path))
+    return GaussianMixture(
+        [0.6, 0.4], [-2.0, 1.0], [0.5, 0.4], path=path, grid=grid, prompts=("p",)
+    )
+
+
+def grow(folder, model: GaussianMixture, n: int = 6) -> tuple[str, Tree]:
+    """The file of a tree of n trajectories, and the tree."""
+    file = str(folder / "kept.safetensors")
+    steer(model, LINE, DTS(trajectories=n, save_tree=file, **LEVELS))
+    return file, Tree.load(file)
+
+
+OTHER = {
+    "a branch level": ([1.0, 0.875, 0.7, *uniform(8)[3:]], r"node 2 \(0\.75, here 0\.7\)"),
+    "every level": (shifted(8), r"node 1 \(0\.875, here 0\.9545\), .* and 4 more"),
+    "between branches": (
+        [*uniform(8)[:6], 0.2, *uniform(8)[7:]],
+        r"node 6 \(0\.25, here 0\.2\)\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(OTHER))
+def test_a_tree_of_other_noise_levels_is_refused_at_once(tmp_path, case: str) -> None:
+    """As many steps, so that the numbers of the grid nodes agree."""
+    file, _ = grow(tmp_path, two(uniform(8)))
+    times, message = OTHER[case]
+    model = two(times)
+    with pytest.raises(OptionError, match=f"noise shares .*{message}.*start a new tree"):
+        steer(model, LINE, DTS(load_tree=file, **LEVELS))
+    assert model.rows == 0
+
+
+def test_levels_that_are_the_same_up_to_rounding_are_gone_on_with(tmp_path) -> None:
+    file, tree = grow(tmp_path, two(uniform(8)))
+    rounded = torch.tensor(uniform(8)).mul(1.0 + 3e-7).clamp(max=1.0).tolist()
+    assert len(steer(two(rounded), LINE, DTS(load_tree=file, trajectories=2, **LEVELS))) > len(
+        tree.leaves
+    )
+
+
+def test_a_tree_is_gone_on_with_in_other_coordinates(tmp_path) -> None:
+    """At one noise level exploding states are longer by a factor: those of the file are scaled."""
+    times = [0.999, *uniform(8)[1:]]
+    file, tree = grow(tmp_path, two(times))
+    model = two(times, VE(2000.0))
+    steer(model, LINE, DTS(trajectories=3, load_tree=file, save_tree=file, **LEVELS))
+    after = Tree.load(file)
+    assert len(after) > len(tree)
+    for node in range(1, len(tree)):
+        share = times[tree.place(node)]
+        expected = tree.states[node] / (1.0 - share)
+        assert torch.allclose(after.states[node], expected, rtol=1e-9, atol=0)
+    found = steer(two(times), LINE, DTS(trajectories=1, load_tree=file, **LEVELS))
+    assert len(found) > len(after.leaves)
+
+
+def test_a_file_that_does_not_say_its_noise_levels_is_read_and_not_gone_on_with(tmp_path) -> None:
+    file, tree = grow(tmp_path, line())
+    tree.nodes = ()
+    tree.save(file)
+    assert len(Tree.load(file).sample(3)) == 3
+    model = line()
+    with pytest.raises(OptionError, match=r"older release .*Tree\.load.* start a new tree"):
+        steer(model, LINE, DTS(load_tree=file, **LEVELS))
+    assert model.rows == 0
+
+
+def slowly(images: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.3)
+    return LINE(images)
+
+
+class SlowDecoder(GaussianMixture):
+    """Takes a second for the wide calls by which a loaded tree is decoded."""
+
+    def decode(self, x0: torch.Tensor, *, grad: bool = False) -> torch.Tensor:
+        time.sleep(1.0 * (len(x0) > 4))
+        return super().decode(x0)
+
+
+def slow_line() -> GaussianMixture:
+    model = line()
+    model.__class__ = SlowDecoder
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reward", "size", "seconds"),
+    [(line, slowly, 10**6, 0.5), (slow_line, LINE, 3, 0.9)],
+    ids=["in the search", "in the delivery"],
+)
+def test_when_time_is_up_the_loaded_samples_are_delivered_too(
+    tmp_path, make: Callable[[], GaussianMixture], reward, size: int, seconds: float
+) -> None:
+    file, before = grow(tmp_path, line(), 40)
+    method = DTS(trajectories=size, load_tree=file, save_tree=file, **LEVELS)
+    result = steer(make(), reward, method, budget=Budget(seconds=seconds))
+    after = Tree.load(file)
+    assert not result.cancelled
+    assert len(result) == len(after.leaves) > len(before.leaves) > 32
+    assert torch.equal(result.pixels, result.samples)
+    assert torch.equal(result.rewards, LINE(result.samples).float().double())
+    found = result.log_weights[result.slots.argsort()]
+    assert torch.allclose(found, after.log_weights(), rtol=0, atol=1e-12)
+
+
+def test_when_time_is_up_the_best_of_a_loaded_tree_is_delivered(tmp_path) -> None:
+    file, before = grow(tmp_path, line(), 40)
+    star = DTSStar(trajectories=10**6, k=9, load_tree=file, **LEVELS)
+    result = steer(line(), slowly, star, budget=Budget(seconds=0.5))
+    assert len(result) == 9
+    assert result.best_reward >= max(before.reward[leaf] for leaf in before.leaves)

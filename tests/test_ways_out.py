@@ -63,7 +63,7 @@ def message(method: Method, kind: type, steps: int = 6, **call: Any) -> str:
         (SVDD(), ["n_branches"]),
         (FK(lookahead=2, n_draws=3), ["checkpoints", "lookahead", "n_draws"]),
         (EPF(checkpoints=(0.4, 0.7), lookahead="apf"), ["checkpoints"]),
-        (Evo(elites=1), ["schedule"]),
+        (Evo(elites=1), ["elites", "schedule"]),
         (RBF(n_chains=3, n_init=4), ["n_chains", "n_init", "finish_steps"]),
         (ParallelTempering(iterations=3), ["iterations"]),
         (ParticleGibbs(n_particles=5), ["n_particles"]),

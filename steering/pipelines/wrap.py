@@ -49,9 +49,9 @@ def wrap(
             where the pipeline was loaded from, or its class.
         preview_decoder: a small autoencoder for estimates on the way, or the folder of an
             AutoencoderTiny; finished samples are always decoded by the pipeline's own.
-        call_kwargs: what one would pass to ``pipe(...)``; shipped models have defaults of their own,
-            which `steer` uses too. A list of prompts makes one model with
-            that many conditions, which ``cond`` chooses from.
+        call_kwargs: what one would pass to ``pipe(...)``; shipped models have defaults of their
+            own. A list of prompts makes one model with that many conditions, which ``cond``
+            chooses from.
 
     Raises:
         OptionError: an argument that ``pipe(...)`` does not have, or that steering decides.
