@@ -302,4 +302,32 @@ MUTANTS = (
         "plain = True",
         ("tests/test_fk.py::test_samples_and_draws_are_never_damped",),
     ),
+    Mutant(
+        "quiet steps: the level before the last counts as noise",
+        "steering/grids.py",
+        "_QUIET = 0.02",
+        "_QUIET = 0.0",
+        (
+            "tests/test_grids.py::test_the_quiet_steps_of_a_grid",
+            "tests/test_fk.py::test_no_copies_are_delivered_where_the_grid_comes_to_its_"
+            "smallest_level_before_none",
+        ),
+    ),
+    Mutant(
+        "best_of_n: samples are ranked in groups",
+        "samplers/best_of_n.py",
+        "_CHUNK if ctx.plan.stationary else len(x)",
+        "_CHUNK",
+        (
+            "tests/test_rewards_compose.py::"
+            "test_all_samples_of_a_prompt_are_ranked_against_each_other",
+        ),
+    ),
+    Mutant(
+        "fk: a potential of -inf is a verdict",
+        "samplers/fk.py",
+        "return lift(phi)",
+        "return phi",
+        ("tests/test_fk.py::test_a_potential_of_minus_infinity_is_no_verdict",),
+    ),
 )

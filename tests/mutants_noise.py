@@ -173,4 +173,11 @@ MUTANTS = (
         "return 1.0",
         ("tests/test_coordinates.py::test_noise_is_optimised_as_noise",),
     ),
+    Mutant(
+        "noise optimisation: short runs take short steps",
+        "samplers/noise_optimisation.py",
+        "min(most, max(1.0, longer))",
+        "min(1.0, max(1.0, longer))",
+        ("tests/test_noise_optimisation.py::test_short_runs_can_go_as_far_as_the_published_ones",),
+    ),
 )

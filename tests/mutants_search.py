@@ -269,39 +269,4 @@ MUTANTS = (
             "test_a_new_pivot_that_comes_alone_gets_neighbours_of_its_own",
         ),
     ),
-    Mutant(
-        "quiet steps: the level before the last counts as noise",
-        "steering/grids.py",
-        "_QUIET = 0.02",
-        "_QUIET = 0.0",
-        (
-            "tests/test_grids.py::test_the_quiet_steps_of_a_grid",
-            "tests/test_fk.py::test_no_copies_are_delivered_where_the_grid_comes_to_its_"
-            "smallest_level_before_none",
-        ),
-    ),
-    Mutant(
-        "best_of_n: samples are ranked in groups",
-        "samplers/best_of_n.py",
-        "_CHUNK if ctx.plan.stationary else len(x)",
-        "_CHUNK",
-        (
-            "tests/test_rewards_compose.py::"
-            "test_all_samples_of_a_prompt_are_ranked_against_each_other",
-        ),
-    ),
-    Mutant(
-        "noise optimisation: short runs take short steps",
-        "samplers/noise_optimisation.py",
-        "min(most, max(1.0, longer))",
-        "min(1.0, max(1.0, longer))",
-        ("tests/test_noise_optimisation.py::test_short_runs_can_go_as_far_as_the_published_ones",),
-    ),
-    Mutant(
-        "fk: a potential of -inf is a verdict",
-        "samplers/fk.py",
-        "return lift(phi)",
-        "return phi",
-        ("tests/test_fk.py::test_a_potential_of_minus_infinity_is_no_verdict",),
-    ),
 )
