@@ -155,7 +155,7 @@ def _control(name: str, hint: Any) -> tuple[Any, tuple[str, ...]] | None:  # noq
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     parts = [h for h in (typing.get_args(hint) if union else (hint,)) if h is not type(None)]
     if name == "guidance" and len(parts) > 1:
-        from steering.samplers.guides import GUIDES
+        from steering.samplers.guide_presets import GUIDES
 
         return "choice", (_AUTO, *GUIDES)
     if any(typing.get_origin(h) is tuple for h in parts):

@@ -18,7 +18,8 @@ from steering.loading import SHIPPED
 from steering.recipe import Recipe
 from steering.rewards import as_reward
 from steering.rewards.spec import known_options
-from steering.samplers.guides import GUIDES, Guide
+from steering.samplers.guide_presets import GUIDES
+from steering.samplers.guides import Guide
 
 _CLIPS = ("aesthetic", "clip", "diversity", "temporal")
 """Rewards whose option ``model`` may name the CLIP that ships."""

@@ -47,7 +47,7 @@ class Auto(Sampler):
             company a prompt keeps.
         follow: the method after the pilot, or "auto" to choose by the pilot.
         rank_threshold: least rank correlation of estimate and final reward for "fk".
-        reward_scale: of "fk"; None as there.
+        reward_scale: of "fk" and guidance; None as in `fk`.
         eta: of all samples; "fk" needs it positive.
     """
 
@@ -83,6 +83,8 @@ class Auto(Sampler):
             )
         if self.follow != "auto":
             refuse_idle(self, f"follow={self.follow!r}", "rank_threshold")
+        if not self._scales:
+            refuse_idle(self, "follow='best_of_n'", "reward_scale")
         if self.follow != "best_of_n" and not self.kernel().stochastic:
             raise OptionError(
                 "auto: particles need a stochastic sampler; set eta > 0, or follow='best_of_n'."
@@ -103,7 +105,9 @@ class Auto(Sampler):
         return Cost(nfe=nfe, decodes=scored, reward_calls=scored)
 
     def fit(self, plan: Plan) -> Auto:
-        fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
+        fitted = self
+        if self._scales:
+            fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
 
             def cost(extra: int) -> Cost:
@@ -122,6 +126,11 @@ class Auto(Sampler):
     @property
     def weighed(self) -> bool:
         return self.follow != "best_of_n"
+
+    @property
+    def _scales(self) -> bool:
+        """Whether reward_scale counts."""
+        return self.weighed or self.guide is not None
 
     def _middle(self, grid: Grid) -> int:
         """The step before which the pilot is scored."""
@@ -190,8 +199,10 @@ class Auto(Sampler):
             return None
         shared: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("eta", "eta_end", "transition", "grid", "steps", "guidance")
+            for name in ("eta_end", "transition", "grid", "steps", "guidance")
         }
+        if self.transition == "eta":
+            shared["eta"] = self.eta
         if name == "fk" and self.follow != "best_of_n":
             scale = self.reward_scale
             return FK(n_particles=n, reward_scale=plan.scale(scale), **shared)

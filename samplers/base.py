@@ -24,6 +24,8 @@ from steering.samplers.budgets import afford as afford
 from steering.samplers.budgets import within_budget as within_budget
 from steering.samplers.guided import Lead, as_guide, check_weighed
 from steering.samplers.guides import Guide
+from steering.samplers.idle import check_resampling as check_resampling
+from steering.samplers.idle import refuse_idle as refuse_idle
 from steering.samplers.twists import require_gaussian
 from steering.transitions import (
     EtaKernel,
@@ -139,6 +141,8 @@ class Sampler:
             EtaKernel(eta=eta or 0.0)
         if self.eta_end is not None and self.transition != "eta":
             raise OptionError(f"eta_end belongs to transition='eta', not to {self.transition!r}.")
+        if self.transition != "eta":
+            refuse_idle(self, f"transition={self.transition!r}", "eta")
         if self.guide is not None:
             self._check_guide(self.guide)
 
@@ -224,20 +228,6 @@ def check_scale(name: str, reward_scale: float | None) -> None:
         raise OptionError(
             f"{name}: reward_scale must be finite and not negative, got {reward_scale}. Higher "
             "rewards are better; negate the reward to turn it round."
-        )
-
-
-def refuse_idle(method: Sampler, setting: str, *options: str) -> None:
-    """Raises where options that ``setting`` makes no use of are not at their defaults.
-
-    Raises:
-        OptionError: names them.
-    """
-    usual = {f.name: f.default for f in fields(method)}
-    idle = [f"{o}={getattr(method, o)!r}" for o in options if getattr(method, o) != usual[o]]
-    if idle:
-        raise OptionError(
-            f"{method.name}: {', '.join(idle)} has no meaning with {setting}. Leave one out."
         )
 
 

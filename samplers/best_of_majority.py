@@ -23,7 +23,7 @@ from steering.errors import OptionError
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
 from steering.requests import Decode, Outcome, Progress, Run, Score
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
 from steering.samplers.rollout import walk
 
 _CHUNK = 16
@@ -104,6 +104,10 @@ class BestOfMajority(Sampler):
                 "best_of_majority: distinct needs frequency='labels' or 'clusters': a density "
                 "has no groups to take one sample of."
             )
+        if self.frequency_fn is not None:
+            refuse_idle(self, "frequency_fn", "frequency", "radius", "embed")
+        if self.frequency == "labels":
+            refuse_idle(self, "frequency='labels'", "radius")
 
     def cost(self, plan: Plan) -> Cost:
         n, (rows, calls) = self.n or 1, self.per_step(plan)

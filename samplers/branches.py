@@ -32,6 +32,7 @@ from steering.resampling import scheme
 from steering.samplers.base import (
     Damping,
     Sampler,
+    check_resampling,
     check_scale,
     damping,
     fit_population,
@@ -108,6 +109,7 @@ class Branches(Sampler):
                 "has nothing to resample by. Use select='softmax'."
             )
         scheme(self.resampler)
+        check_resampling(self)
         check_scale(self.name, self.reward_scale)
         self._check_stochastic()
         # An instance is as honest as its options: only the weighted rule has a target law.

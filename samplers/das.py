@@ -23,7 +23,7 @@ from steering.method import Context
 from steering.particles import State
 from steering.paths import Time
 from steering.registry import METHODS
-from steering.samplers.base import refuse_idle
+from steering.samplers.base import check_resampling, refuse_idle
 from steering.samplers.tds import Twisted
 from steering.samplers.twists import check_positive, doubling, raise_temper
 from steering.transitions import Step
@@ -65,6 +65,7 @@ class DAS(Twisted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, gamma=self.gamma, power=self.power)
+        check_resampling(self, threshold_counts=self.tempering == "adaptive")
         setting = f"tempering={self.tempering!r}"
         if self.tempering in ("none", "adaptive"):
             refuse_idle(self, setting, "gamma")

@@ -37,6 +37,7 @@ from steering.samplers.base import (
     deliver,
     fit_population,
     preview,
+    refuse_idle,
 )
 from steering.transitions import ODE
 
@@ -105,6 +106,7 @@ class EPF(Sampler):
                 raise OptionError(f"epf: {name} must lie in [0, 1], got {getattr(self, name)}.")
         scheme(self.resampler)
         check_scale("epf", self.reward_scale)
+        self._check_idle()
         many = self.n_particles is None or self.n_particles > 1
         if many and not self.kernel().stochastic:
             raise OptionError(
@@ -115,6 +117,14 @@ class EPF(Sampler):
         # An instance is as honest as its options.
         target = "tilted" if self.correct else "heuristic"
         object.__setattr__(self, "target", target)
+
+    def _check_idle(self) -> None:
+        if self.anneal == "off":
+            refuse_idle(self, "anneal='off'", "early_phase")
+        if self.anneal == "off" and self.resample == "always":
+            refuse_idle(self, "anneal='off' and resample='always'", "ess_threshold")
+        if self.lookahead == "none":
+            refuse_idle(self, "lookahead='none'", "defence")
 
     @property
     def weighed(self) -> bool:

@@ -34,6 +34,7 @@ from steering.samplers.base import (
     Damping,
     Sampler,
     check_levels,
+    check_resampling,
     check_scale,
     checkpoint_steps,
     damping,
@@ -145,6 +146,7 @@ class FK(Sampler):
         object.__setattr__(self, "target", target)
         if self.mode == "authors":
             self._check_authors()
+        self._check_idle()
 
     def _check_authors(self) -> None:
         if self.guide is not None:
@@ -158,6 +160,14 @@ class FK(Sampler):
                 "fk: mode='authors' knows the potentials difference, max and sum, got "
                 f"{self.potential!r}; mode='exact' takes any."
             )
+
+    def _check_idle(self) -> None:
+        if self.potential == "none":
+            scoring = ("lookahead", "n_draws", "damping", "checkpoints", "noise_levels")
+            refuse_idle(self, "potential='none'", *scoring, "ess_threshold", "resampler")
+        if self.noise_levels is not None:
+            refuse_idle(self, "noise_levels", "checkpoints")
+        check_resampling(self)
 
     @property
     def weighed(self) -> bool:

@@ -14,7 +14,8 @@ from steering.model import Model
 from steering.registry import METHODS
 from steering.requests import Decode, Outcome, Progress, Run, Score
 from steering.samplers.base import Sampler, check_scale, fit_population
-from steering.samplers.guides import GUIDES, Guide
+from steering.samplers.guide_presets import GUIDES
+from steering.samplers.guides import Guide
 from steering.samplers.twists import require_gaussian
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from steering.errors import OptionError, unknown_name
-from steering.method import Context
+from steering.method import Context, over_preset
 from steering.paths import Time
 from steering.requests import Denoise, Request
-from steering.samplers.guides import GUIDES, Guide, Rows
+from steering.samplers.guide_presets import GUIDES
+from steering.samplers.guides import Guide, Rows
 from steering.transitions import Transition
 
 
@@ -71,7 +72,7 @@ def as_guide(value: Guide | str | Mapping[str, Any] | None) -> Guide | None:
     for option in options:
         if option not in known:
             raise unknown_name("option of guidance", option, known)
-    return Guide(**{**GUIDES.get(preset or "", {}), **options})  # type: ignore[arg-type]
+    return over_preset(Guide, GUIDES.get(preset or "", {}), options)
 
 
 def check_weighed(name: str, guide: Guide, kernel: Transition) -> None:

@@ -24,61 +24,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context, Plan, coerce
 from steering.noise import NoiseKey
 from steering.particles import State
 from steering.paths import Prediction, Time
 from steering.requests import Decode, Denoise, Gradient, Request, Score
-from steering.samplers.idle import check_guide
-from steering.samplers.twists import (
-    check_positive,
-    clipped,
-    detached,
-    draw,
-    propose,
-    scored,
-    usable,
-)
+from steering.samplers.guide_checks import check_guide
+from steering.samplers.twists import clipped, detached, draw, propose, scored, usable
 from steering.transitions import Step, Transition, renoise
-
-GUIDES: dict[str, dict[str, object]] = {
-    # Diffusion posterior sampling: the gradient divided by |f|, added to the state.
-    "dps": {"space": "state", "normalise": "value"},
-    # Loss-guided diffusion: the same with f averaged over noise of the size of the level.
-    "lgd": {"space": "state", "normalise": "value", "smoothing": 1.0, "n_draws": 4},
-    # FreeDoM: repeats every step after noising its result again.
-    "freedom": {
-        "space": "state",
-        "schedule": "increase",
-        "normalise": "unit",
-        "recurrence": 2,
-        "rho": 0.2,
-    },
-    # Manifold-preserving: one move of the estimate, no gradient through the network.
-    "mpgd": {"rho": 0.0, "mu": 1.0},
-    # Universal guidance: both moves change the score.
-    "ugd": {"mu": 1.0, "n_iter": 4, "keep_eps": False, "recurrence": 2},
-    # Defaults of the TFG authors' code, and their setting for style with SD1.5 and CLIP.
-    "tfg": {
-        "space": "state",
-        "schedule": "increase",
-        "mu": 1.0,
-        "n_iter": 4,
-        "smoothing": 0.01,
-        "n_draws": 4,
-    },
-    "tfg-style": {
-        "space": "state",
-        "schedule": "increase",
-        "rho": 0.25,
-        "mu": 2.0,
-        "n_iter": 4,
-        "smoothing": 0.1,
-    },
-}
-
 
 Visit = Callable[[int, Tensor, Prediction], None]
 """Told (node, x, prediction) wherever the network was asked."""
@@ -168,17 +122,14 @@ class Guide:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, coerce(type(self), f.name, getattr(self, f.name)))
-        for option in ("n_iter", "n_draws", "recurrence", "micro_batch"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise OptionError(f"guidance: {option} must be at least 1, got {value}.")
-        for option in ("rho", "mu", "smoothing"):
-            if not 0.0 <= getattr(self, option) < math.inf:
-                raise OptionError(f"guidance: {option} must be finite and not negative.")
-        if not 0.0 <= self.start <= self.stop <= 1.0:
-            raise OptionError("guidance: start and stop are shares with 0 <= start <= stop <= 1.")
-        check_positive("guidance", clip_norm=self.clip_norm, data_std=self.data_std)
         check_guide(self)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:  # noqa: ANN401
+        """Options are read by `as_guide`: pydantic would drop "preset" and unknown names."""
+        from pydantic_core.core_schema import is_instance_schema
+
+        return is_instance_schema(cls)
 
     @property
     def differentiates(self) -> bool:

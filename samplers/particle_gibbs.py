@@ -37,10 +37,12 @@ from steering.samplers.base import (
     Sampler,
     afford,
     check_levels,
+    check_resampling,
     check_scale,
     checkpoint_steps,
     damping,
     preview,
+    refuse_idle,
     tilt,
     within_budget,
 )
@@ -123,6 +125,9 @@ class ParticleGibbs(Sampler):
                 f"particle_gibbs: burn_in must lie in 0..iterations - 1, got {self.burn_in}."
             )
         scheme(self.resampler)
+        check_resampling(self)
+        if self.noise_levels is not None:
+            refuse_idle(self, "noise_levels", "checkpoints")
         check_scale("particle_gibbs", self.reward_scale)
         levels = self.checkpoints if self.noise_levels is None else self.noise_levels
         if self.n_particles != 1 and levels and not self.kernel().stochastic:

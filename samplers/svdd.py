@@ -15,6 +15,7 @@ from typing import ClassVar
 from steering.errors import OptionError
 from steering.grids import Grid
 from steering.registry import METHODS
+from steering.samplers.base import refuse_idle
 from steering.samplers.branches import Branches, Segment
 
 
@@ -42,6 +43,8 @@ class SVDD(Branches):
         super().__post_init__()
         if self.every < 1:
             raise OptionError(f"svdd: every must be at least 1, got {self.every}.")
+        if self.n_branches == 1 and self.resample == "never":
+            refuse_idle(self, "n_branches=1 and resample='never'", "every")
 
     def cut(self, grid: Grid) -> list[Segment]:
         return single_steps(grid, max(0, grid.nearest(self.start) - 1), self.every)

@@ -29,6 +29,7 @@ from steering.resampling import scheme
 from steering.samplers.base import (
     Damping,
     Sampler,
+    check_resampling,
     check_scale,
     damping,
     deliver,
@@ -223,6 +224,7 @@ class TDS(Twisted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self.name, clip_x0=self.clip_x0)
+        check_resampling(self)
 
     def tempers(self, state: State, grid: Grid, i: int, previous: float) -> tuple[float, float]:
         """The estimate of step i leads its proposal, so both count by its share."""

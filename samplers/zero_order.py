@@ -26,7 +26,7 @@ from steering.method import Context, Cost, Plan
 from steering.noise import sphere_neighbour
 from steering.registry import METHODS
 from steering.requests import Progress, Request, Run
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
 from steering.samplers.rollout import Winner, judge, require_continuous, require_noise, top, walk
 
 _USUAL = 4
@@ -78,6 +78,8 @@ class ZeroOrder(Sampler):
             raise OptionError(f"zero_order: rounds must be at least 1, got {self.rounds}.")
         if not -1.0 < self.cosine < 1.0:
             raise OptionError(f"zero_order: cosine must lie in (-1, 1), got {self.cosine}.")
+        if self.n_neighbours == 0:
+            refuse_idle(self, "n_neighbours=0", "rounds", "cosine", "restart", "reward_max")
 
     def cost(self, plan: Plan) -> Cost:
         """At most, where ``reward_max`` may stop it."""

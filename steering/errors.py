@@ -20,6 +20,18 @@ class OptionError(SteeringError, ValueError):
     """A value the user gave cannot be used."""
 
 
+class IdleOption(OptionError):
+    """Options that another one makes useless.
+
+    Attributes:
+        options: their names.
+    """
+
+    def __init__(self, message: str, options: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.options = options
+
+
 class BudgetError(SteeringError):
     """The budget does not pay for what was asked."""
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError, unknown_name
+from steering.errors import IdleOption, OptionError, unknown_name
 from steering.grids import Grid
 from steering.kernels.step import move as fused_move
 from steering.ledger import Budget
@@ -235,8 +235,29 @@ def build_method(method: str | Method, options: Mapping[str, Any] | None = None)
     for option in options or {}:
         if option not in known:
             raise unknown_name(f"option of method {name!r}", option, known)
-    values = {**presets.get(preset, {}), **(options or {})}
-    return cls(**{k: coerce(cls, k, v) for k, v in values.items()})
+    given = {k: coerce(cls, k, v) for k, v in (options or {}).items()}
+    values = {k: coerce(cls, k, v) for k, v in presets.get(preset, {}).items()}
+    return over_preset(cls, values, given)
+
+
+T = typing.TypeVar("T")
+
+
+def over_preset(make: Callable[..., T], preset: Mapping[str, Any], given: Mapping[str, Any]) -> T:
+    """``make(**options)`` with a preset's values under those given.
+
+    Values of the preset that the given ones make useless give way: nobody typed them.
+
+    Raises:
+        OptionError: as ``make`` does.
+    """
+    try:
+        return make(**{**preset, **given})
+    except IdleOption as error:
+        idle = set(error.options)
+        if not idle or not idle <= set(preset) - set(given):
+            raise
+    return over_preset(make, {k: v for k, v in preset.items() if k not in idle}, given)
 
 
 def coerce(cls: type, name: str, value: Any) -> Any:  # noqa: ANN401

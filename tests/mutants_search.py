@@ -210,8 +210,8 @@ MUTANTS = (
     Mutant(
         "zero order: pivot made again",
         "samplers/zero_order.py",
-        "noises = self._neighbours(ctx, pivot, r, self.n_neighbours)",
-        "noises = self._neighbours(ctx, pivot, r, self.n_neighbours)\n"
+        "noises = self._neighbours(ctx, pivot, r, self._each)",
+        "noises = self._neighbours(ctx, pivot, r, self._each)\n"
         "                noises[0] = pivot[0]",
         ("tests/test_zero_order.py::test_the_pivot_is_not_made_again",),
     ),

@@ -244,8 +244,8 @@ MUTANTS = (
     Mutant(
         "guidance: smoothing named by the place in the micro-batch",
         "samplers/guides.py",
-        "key.normal(slots[part], ",
-        "key.normal(len(x[part]), ",
+        "self._noise(key, slots[part], x, t)",
+        "self._noise(key, range(len(x[part])), x, t)",
         (f"{_GUIDED}::test_memory_options_change_no_number",),
     ),
     Mutant(

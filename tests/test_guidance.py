@@ -19,8 +19,8 @@ from steering.noise import NoiseKey
 from steering.paths import VP, Linear
 from steering.rewards import FunctionReward
 from steering.samplers import FK, BestOfN, Guidance, Guide
+from steering.samplers.guide_presets import GUIDES
 from steering.samplers.guided import as_guide
-from steering.samplers.guides import GUIDES
 from steering.transitions import EtaKernel
 from tests.twisted_worlds import (
     BOWL,

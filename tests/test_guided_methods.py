@@ -11,7 +11,15 @@ import steering
 from steering.analytic import GaussianMixture
 from steering.errors import BudgetError, OptionError, RewardError
 from steering.ledger import Budget
-from steering.method import Context, Method, Plan, build_method, default_costs, method_options
+from steering.method import (
+    Context,
+    Method,
+    Plan,
+    build_method,
+    default_costs,
+    method_options,
+    plain,
+)
 from steering.noise import NoiseKey
 from steering.registry import METHODS
 from steering.rewards import FunctionReward
@@ -387,3 +395,15 @@ def test_options_survive_json(name: str) -> None:
     method = replace(guided(CASES[name][0]), guidance="mpgd")
     assert build_method(name, method_options(method)) == method
     assert build_method(name, {"guidance": None}) == METHODS.get(name)()
+
+
+def test_guidance_by_name_options_or_both_is_the_same_from_a_method_name() -> None:
+    """As from the command line: `--set guidance=...` and options of `steer`."""
+    tfg = build_method("fk", {"guidance": "tfg"}).guidance
+    for value in ("tfg", {"preset": "tfg"}, tfg, plain(tfg)):
+        assert build_method("fk", {"guidance": value}).guidance == tfg
+    mixed = build_method("fk", {"guidance": {"preset": "tfg", "mu": 0.5}}).guidance
+    assert mixed == replace(tfg, mu=0.5)
+    for options, word in (({"mue": 1.0}, "mu"), ({"preset": "tgf"}, "tfg")):
+        with pytest.raises(OptionError, match=word):
+            build_method("fk", {"guidance": options})
