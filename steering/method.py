@@ -255,7 +255,7 @@ def over_preset(make: Callable[..., T], preset: Mapping[str, Any], given: Mappin
         return make(**{**preset, **given})
     except IdleOption as error:
         idle = set(error.options)
-        if not idle or not idle <= set(preset) - set(given):
+        if not idle or not idle <= set(preset):
             raise
     return over_preset(make, {k: v for k, v in preset.items() if k not in idle}, given)
 
