@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,3 +249,20 @@ def test_an_unwritable_folder_is_refused_before_any_work(capsys, tmp_path):
     assert "cannot be written" in " ".join(err.split())
     with pytest.raises(OptionError, match="is a file"):
         steering.steer(steering.load("stickers"), PROMPT, reward="clip", out=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("given", "spin"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_let_others_work_unless_the_user_says_how_they_wait(given, spin):
+    """Before torch is loaded, or its OpenMP would not read it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    ask = (
+        "import sys, steering.apps, os; assert 'torch' not in sys.modules; "
+        "import steering.apps.cli; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=kept | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(spin)
