@@ -144,7 +144,7 @@ class Worker:
 
         lanes = {p: i for i, p in enumerate(dict.fromkeys(job.prompt for job in jobs))}
         texts = [next(j.text for j in jobs if j.prompt == p) for p in lanes]
-        model = wrap(self.pipe, name=source_of(self.pipe), prompt=texts, **self.call)
+        model = wrap(self.pipe, prompt=texts, **self.call)
         try:
             reward = resolve_reward(self.settings.reward, model)
             limit = self.settings.max_batch or getattr(model, "max_batch", None) or 64

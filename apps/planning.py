@@ -7,7 +7,6 @@ from typing import Any
 from steering.api import plan_run
 from steering.apps.jobs import Job
 from steering.ledger import Budget
-from steering.loading import call_defaults, source_of
 from steering.memory import MemoryPlan, plan_memory
 from steering.method import Cost, build_method
 from steering.pipelines import wrap
@@ -22,9 +21,8 @@ def forecast(
     Raises:
         OptionError, BudgetError, RewardError: as a run with these arguments.
     """
-    source = source_of(job.pipe)
-    arguments = {"prompt": "a photo of a red apple", **call_defaults(source), **call}
-    with wrap(job.pipe, name=source, **arguments) as model:
+    arguments = {"prompt": "a photo of a red apple", **call}
+    with wrap(job.pipe, **arguments) as model:
         reward = resolve_reward(job.reward, model)
         fitted, plan = plan_run(model, build_method(method, options), reward, Budget(nfe=nfe))
         memory = plan_memory(model, reward, gradient=fitted.needs_gradient, most=most)

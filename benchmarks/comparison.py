@@ -22,6 +22,7 @@ import torch
 import steering
 from benchmarks.comparison_page import write_page
 from steering.errors import BudgetError
+from steering.loading import describe
 from steering.registry import METHODS
 from steering.samplers import BestOfN
 from steering.stickers.prompts import prompts as sticker_prompts
@@ -64,11 +65,6 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def type_of(pipe: Any) -> str:
-    """What a pipeline computes in, in words."""
-    return str(pipe.dtype).removeprefix("torch.")
-
-
 def measure(pipe: object, texts: list[str], method: str, nfe: int, seed: int, steps: int) -> Row:
     """One method, budget and seed over all prompts, with its defaults or what the budget pays."""
     row = attempt(pipe, texts, method, nfe, seed, steps, {})
@@ -85,7 +81,7 @@ def attempt(
     seeds = [1000 * seed + k for k in range(len(texts))]
     row: Row = {
         "method": method, "nfe_budget": nfe, "seed": seed, "prompts": len(texts), "steps": steps,
-        "options": options, "dtype": type_of(pipe),
+        "options": options, "dtype": describe(pipe)["dtype"],
     }  # fmt: skip
     wall, cpu = time.perf_counter(), time.process_time()
     try:
@@ -131,7 +127,7 @@ def main() -> None:
     rows = read(store)
     done = {key_of(row) for row in rows}
     pipe = steering.load("stickers", dtype=given.dtype)
-    same = (given.prompts, given.steps, type_of(pipe))
+    same = (given.prompts, given.steps, describe(pipe)["dtype"])
     texts = sticker_prompts("heldout", n=given.prompts, seed=0)
     wanted = [
         (method, nfe, seed)

@@ -14,7 +14,6 @@ from torch import Tensor
 import steering
 from benchmarks.meters import one_thread, spread, turns
 from steering.kernels.step import Move, Reading, guided_step_plain
-from steering.loading import call_defaults
 
 REPEATS, BAR = 7, 1.05
 STATES = {"stickers, 4 rows": (4, 8, 16, 16), "stickers, 64 rows": (64, 8, 16, 16),
@@ -74,7 +73,7 @@ def pairs(pipe: object, x: Tensor) -> dict[str, list[Callable[[], Tensor]]]:
 def formats() -> dict[str, dict]:
     name = "stickers-sd"
     pipe = steering.load(name, dtype="float32", channels_last=False)
-    model = steering.wrap(pipe, name=name, prompt="a cat", **call_defaults(name))
+    model = steering.wrap(pipe, prompt="a cat")
     found = {}
     for rows in (2, 32):
         x = model.noise(rows, steering.NoiseKey(1)).to(pipe.unet.dtype)

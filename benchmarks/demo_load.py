@@ -177,7 +177,7 @@ def widening(texts: list[str], particles: int) -> dict:
     rows = torch.arange(len(texts) * particles)
     pipe, call = steering.load("stickers"), call_defaults("stickers")
     rates: dict[str, list[float]] = {}
-    with one_thread(), steering.wrap(pipe, name="stickers", prompt=texts, **call) as model:
+    with one_thread(), steering.wrap(pipe, prompt=texts, **call) as model:
         now = clock(model.device)
         x, middle = model.noise(len(rows), steering.NoiseKey(0)), len(model.grid().times) // 2
         t = model.grid().times[middle]

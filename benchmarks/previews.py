@@ -71,7 +71,7 @@ def estimates(model: object, texts: list[str]) -> dict[float, Tensor]:
 def fitted(pipe: object, call: dict) -> Small:
     """The small decoder, from samples of prompts that are not measured."""
     texts = sticker_prompts("train", n=TRAINING, seed=5)
-    with steering.wrap(pipe, name=NAME, prompt=texts, **call) as model:
+    with steering.wrap(pipe, prompt=texts, **call) as model:
         conds = list(range(TRAINING)) * 3
         x = torch.cat([model.noise(1, steering.NoiseKey(4, slot=k), cond=c)
                        for k, c in enumerate(conds)])  # fmt: skip

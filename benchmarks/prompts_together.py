@@ -13,7 +13,6 @@ import torch
 
 import steering
 from benchmarks.meters import one_thread, together_or_apart, turns
-from steering.loading import call_defaults
 from steering.stickers.prompts import prompts as sticker_prompts
 
 NAME, WIDTH, BAR = "stickers", 64, 3.0
@@ -22,7 +21,7 @@ METHOD = {"n_chains": 1, "n_init": 2, "n_proposals": 8, "steps": 6, "finish_step
 
 def alone(pipe: object, texts: list[str]) -> dict[str, float]:
     """What 64 rows in one call are worth over 64 calls of one row: network and decoder."""
-    with steering.wrap(pipe, name=NAME, prompt=texts, **call_defaults(NAME)) as model:
+    with steering.wrap(pipe, prompt=texts) as model:
         x = torch.cat([model.noise(1, steering.NoiseKey(0), cond=c) for c in range(WIDTH)])
         t, conds = model.grid().times[3], list(range(WIDTH))
         calls = {

@@ -73,8 +73,7 @@ class EtaSchedule:
 
     def at(self, t: Time) -> EtaKernel:
         """The kernel of a step that starts at t."""
-        share = t.sigma / (t.alpha + t.sigma)
-        return EtaKernel(eta=min(1.0, share * self.eta + (1.0 - share) * self.end))
+        return EtaKernel(eta=min(1.0, t.share * self.eta + (1.0 - t.share) * self.end))
 
 
 Damping = Literal["measured", "none"]
@@ -314,8 +313,7 @@ def _room(option: str, grid: Grid) -> str:
         return "No share is usable here."
     if option != "noise_levels":
         return f"The largest usable share here is {step / len(grid):.4g}."
-    share = grid.times[step].sigma / (grid.times[step].alpha + grid.times[step].sigma)
-    return f"The smallest usable share here is {share:.4g}."
+    return f"The smallest usable share here is {grid.times[step].share:.4g}."
 
 
 def damping(rule: Damping, grid: Grid, step: int) -> float:

@@ -20,28 +20,30 @@ def afford(
     default: int,
     what: str,
     method: Sampler | None = None,
+    least: int = 1,
 ) -> int:
     """The largest population that the budget pays for, or the default where there is no cap.
 
     Args:
         method: whose options the error names, where lower ones would make one cheaper.
+        least: the smallest population there is; ``what`` names it.
 
     Raises:
-        BudgetError: not even one; says how much one needs, and what to change.
+        BudgetError: not even the smallest; says how much that needs, and what to change.
     """
     limits = []
     for name in ("nfe", "reward_calls"):
         cap = getattr(plan.budget, name)
         if cap is None:
             continue
-        one, two = getattr(cost(1), name), getattr(cost(2), name)
+        one, two = getattr(cost(least), name), getattr(cost(least + 1), name)
         if one > cap:
             raise BudgetError(
                 f"{name}={cap} is too small: one {what} needs {one} here "
                 f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it to "
                 f"that, or lower {levers(method, plan, name)}."
             )
-        limits.append(1 + (cap - one) // (two - one))
+        limits.append(least + (cap - one) // (two - one))
     return min(limits) if limits else default
 
 

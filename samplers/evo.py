@@ -193,12 +193,12 @@ class Evo(Sampler):
             within_budget(plan, self.cost(plan), what, self)
             return self
 
-        def sized(more: int) -> Evo:
-            return replace(self, n_particles=self.least + more - 1)
+        def cost(n: int) -> Cost:
+            return replace(self, n_particles=n).cost(plan)
 
         what = f"search of {len(self.schedule) + 1} generations of {self.least}"
-        usual = max(8, 2 * self.elites) - self.least + 1
-        return sized(afford(plan, lambda k: sized(k).cost(plan), usual, what, self))
+        usual = max(8, 2 * self.elites)
+        return replace(self, n_particles=afford(plan, cost, usual, what, self, self.least))
 
     def run(self, ctx: Context) -> Run:
         sizes, starts = self.sizes(), [0, *self.nodes(ctx.grid)]

@@ -252,13 +252,13 @@ class RBF(Sampler):
             return self
         least = self.least(plan.grid)
 
-        def sized(more: int) -> RBF:
-            return replace(self, n_proposals=least + more - 1)
+        def cost(n: int) -> Cost:
+            return replace(self, n_proposals=n).cost(plan)
 
         levels, each = self.last(plan.grid) + 1, f"{self.n_init} noises and {least} proposals"
         what = f"search of {levels} levels (by {self.n_chains} chains, {each} each)"
-        usual = max(1, _DEFAULT - least + 1)
-        return sized(afford(plan, lambda more: sized(more).cost(plan), usual, what, self))
+        n = afford(plan, cost, max(_DEFAULT, least), what, self, least)
+        return replace(self, n_proposals=n)
 
     def run(self, ctx: Context) -> Run:
         chains = yield from self._start(ctx)

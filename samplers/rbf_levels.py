@@ -91,13 +91,14 @@ def check_noise(kernel: Transition, grid: Grid, last: int) -> None:
     if not isinstance(kernel, EtaSchedule):
         return
     for k, time in enumerate(grid.times[: last + 1]):
-        eta, share = kernel.at(time).eta, time.sigma / (time.alpha + time.sigma)
+        eta = kernel.at(time).eta
         if eta < _FAINT:
             end = f", or set last_level={k - 1}" if k else ""
             raise OptionError(
-                f"rbf: level {k} (noise share {share:.3g}) adds no noise, so all proposals there "
-                f"would be equal: eta is {eta:.2g} there, on the line from eta={kernel.eta:g} at "
-                f"pure noise to eta_end={kernel.end:g} on data. Set both above {_FAINT:g}{end}."
+                f"rbf: level {k} (noise share {time.share:.3g}) adds no noise, so all proposals "
+                f"there would be equal: eta is {eta:.2g} there, on the line from "
+                f"eta={kernel.eta:g} at pure noise to eta_end={kernel.end:g} on data. Set both "
+                f"above {_FAINT:g}{end}."
             )
 
 

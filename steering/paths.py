@@ -55,6 +55,11 @@ class Time:
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
 
     @property
+    def share(self) -> float:
+        """The noise share sigma / (alpha + sigma): the same in all coordinates."""
+        return self.sigma / (self.alpha + self.sigma)
+
+    @property
     def pure(self) -> bool:
         """Whether the state is as good as pure noise: 1 / alpha would swamp a step of any length.
 

@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "rbf: an error that asks for the cost of one proposal",
         "samplers/rbf.py",
-        "return replace(self, n_proposals=least + more - 1)",
-        "return replace(self, n_proposals=more)",
+        "max(_DEFAULT, least), what, self, least)",
+        "max(_DEFAULT, least), what, self)",
         (LEAST,),
     ),
     Mutant(
