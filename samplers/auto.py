@@ -203,10 +203,10 @@ class Auto(Sampler):
         }
         if self.transition == "eta":
             shared["eta"] = self.eta
+        scale = plan.scale(self.reward_scale)
         if name == "fk" and self.follow != "best_of_n":
-            scale = self.reward_scale
-            return FK(n_particles=n, reward_scale=plan.scale(scale), **shared)
-        return BestOfN(n=n, reward_scale=plan.scale(self.reward_scale), **shared)
+            return FK(n_particles=n, reward_scale=scale, **shared)
+        return BestOfN(n=n, reward_scale=None if self.guide is None else scale, **shared)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

@@ -19,7 +19,14 @@ from steering.particles import log_mean_exp, normalise
 from steering.registry import METHODS
 from steering.requests import Decode, Outcome, Progress, Run, Score
 from steering.resampling import multinomial
-from steering.samplers.base import Sampler, afford, check_scale, tilt, within_budget
+from steering.samplers.base import (
+    Sampler,
+    afford,
+    check_scale,
+    refuse_idle,
+    tilt,
+    within_budget,
+)
 from steering.samplers.guided import led
 
 _CHUNK = 16
@@ -65,6 +72,8 @@ class BestOfN(Sampler):
             )
         if self.k > 1 and self.select in ("argmax", "all"):
             raise OptionError(f"best_of_n: k={self.k} needs select='top_k' or 'soft'.")
+        if not self._scales:
+            refuse_idle(self, f"select={self.select!r} without guidance", "reward_scale")
         # An instance is as honest as its options.
         object.__setattr__(self, "target", "tilted" if self.weighed else "maximum")
 
@@ -72,13 +81,20 @@ class BestOfN(Sampler):
     def weighed(self) -> bool:
         return self.select in ("soft", "all")
 
+    @property
+    def _scales(self) -> bool:
+        """Whether reward_scale counts."""
+        return self.weighed or self.guide is not None
+
     def cost(self, plan: Plan) -> Cost:
         n, (rows, calls) = self.n or 1, self.per_step(plan)
         judged = n * (1 + sum(calls))
         return Cost(nfe=n * sum(rows), decodes=judged, reward_calls=judged)
 
     def fit(self, plan: Plan) -> BestOfN:
-        fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
+        fitted = self
+        if self._scales:
+            fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
             default = max(16, self.k)
             n = afford(plan, lambda n: replace(self, n=n, k=1).cost(plan), default, "sample", self)

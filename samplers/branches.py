@@ -37,6 +37,7 @@ from steering.samplers.base import (
     damping,
     fit_population,
     preview,
+    refuse_idle,
     tilt,
 )
 
@@ -64,7 +65,7 @@ class Branches(Sampler):
         start: share of the steps made before which nothing is judged: one-step estimates of x0
             say little before a quarter of them.
         damping: "measured" lets early potentials count less, by the measured slope of final
-            rewards on those of estimates; "none" takes them in full. No matter to "argmax".
+            rewards on those of estimates; "none" takes them in full. "softmax" only.
         resample: resampling across particles after a choice: "never", "always", or "ess" when
             the effective sample size falls below ess_threshold * n_particles. "softmax" only.
         resampler: a scheme of steering.resampling.
@@ -110,6 +111,8 @@ class Branches(Sampler):
             )
         scheme(self.resampler)
         check_resampling(self)
+        if self.select == "argmax":
+            refuse_idle(self, "select='argmax'", "damping")
         check_scale(self.name, self.reward_scale)
         self._check_stochastic()
         # An instance is as honest as its options: only the weighted rule has a target law.
