@@ -6,10 +6,9 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from steering.errors import OptionError, TimeUp
+from steering.errors import OptionError
 from steering.grids import Grid
 from steering.method import Context
 from steering.requests import Decode, Request
@@ -103,17 +102,11 @@ def _share(node: Node) -> float:
 def decode_again(
     ctx: Context, tree: Tree, leaves: Sequence[int]
 ) -> Generator[Request, Any, dict[int, Tensor]]:
-    """The pictures of leaves, on the CPU; also where the time is up, past the cap."""
+    """The pictures of leaves, on the CPU; past a cap on seconds, for want of one is no leaf
+    delivered."""
     pictures: dict[int, Tensor] = {}
     for k in range(0, len(leaves), _CHUNK):
         part = leaves[k : k + _CHUNK]
-        x0 = tree.stack(part).to(ctx.model.device)
-        try:
-            images = yield Decode(x0)
-        except TimeUp:
-            # Whatever else was found would be lost for these. As the picture of a stopped run
-            # (steering.finish) they are decoded here; one by one, for nobody halves this call
-            # where memory is short. The ledger counts their seconds, but cannot see the rows.
-            images = torch.cat([ctx.model.decode(row) for row in x0.split(1)])
+        images = yield Decode(tree.stack(part).to(ctx.model.device), overtime=True)
         pictures |= dict(zip(part, images.detach().cpu(), strict=True))
     return pictures

@@ -204,7 +204,7 @@ class Engine:
             task.ledger.check(task.budget, nfe=sum(task.cost(t) * m for t, m in times_of(request)))
         elif isinstance(request, Score):
             task.ledger.check(task.budget, reward_calls=n)
-        else:
+        elif not getattr(request, "overtime", False):
             task.ledger.check(task.budget)
 
     def answers(self, tasks: list[Task], requests: list[Request]) -> list[Any]:

@@ -44,13 +44,15 @@ class Decode:
     """Ask for the images of x0 [n, *event]; ``grad`` and ``checkpoint`` as for Denoise.
 
     ``preview`` says that they only guide a choice on the way: a model with a small decoder for
-    such estimates uses it.
+    such estimates uses it. ``overtime`` asks also where the budget's seconds are spent, for
+    pictures without which what was found is lost.
     """
 
     x0: Tensor
     grad: bool = False
     checkpoint: bool = False
     preview: bool = False
+    overtime: bool = False
 
 
 @dataclass(frozen=True, eq=False)

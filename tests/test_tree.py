@@ -338,13 +338,22 @@ def slow_line() -> GaussianMixture:
     ids=["in the search", "in the delivery"],
 )
 def test_when_time_is_up_the_loaded_samples_are_delivered_too(
-    tmp_path, make: Callable[[], GaussianMixture], reward, size: int, seconds: float
+    tmp_path, monkeypatch, make: Callable[[], GaussianMixture], reward, size: int, seconds: float
 ) -> None:
     file, before = grow(tmp_path, line(), 40)
     method = DTS(trajectories=size, load_tree=file, save_tree=file, **LEVELS)
-    result = steer(make(), reward, method, budget=Budget(seconds=seconds))
+    model, seen = make(), []
+    decode = model.decode
+
+    def counted(x0: torch.Tensor, *, grad: bool = False) -> torch.Tensor:
+        seen.append(len(x0))
+        return decode(x0, grad=grad)
+
+    monkeypatch.setattr(model, "decode", counted)
+    result = steer(model, reward, method, budget=Budget(seconds=seconds))
     after = Tree.load(file)
     assert not result.cancelled
+    assert result.ledger.decodes == sum(seen)  # those past the cap are counted, too
     assert len(result) == len(after.leaves) > len(before.leaves) > 32
     assert torch.equal(result.pixels, result.samples)
     assert torch.equal(result.rewards, LINE(result.samples).float().double())
