@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _open(
         )
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            str(source), torch_dtype=wanted, local_files_only=folder.exists()
+            str(source), torch_dtype=wanted, local_files_only=folder.exists(), **_left_out(folder)
         )
     except Exception as error:
         raise WeightsError(
@@ -128,6 +129,13 @@ def _open(
             "folder, or a hub id that is cached or can be downloaded."
         ) from error
     return pipe.to(device)
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """The parts that a saved pipeline did without (SD3 without T5), which diffusers wants named."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text()) if index.is_file() else {}
+    return {name: None for name, where in parts.items() if where == [None, None]}
 
 
 def call_defaults(source: str | None) -> dict[str, Any]:

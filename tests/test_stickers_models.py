@@ -189,6 +189,21 @@ def test_every_shipped_model_can_be_steered(name: str) -> None:
     assert result.ledger.nfe == 2 * 2 * rows
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_copy_saved_to_a_folder_is_the_same_model(name: str, tmp_path) -> None:
+    """Also where the pipeline does without parts of its class: SD3 without T5."""
+    pipe = steering.load(name, dtype="float32")
+    pipe.save_pretrained(tmp_path)
+    copy = steering.load(tmp_path, dtype="float32")
+    assert source_of(copy) == str(tmp_path)
+    call = CALLS[name] | {"num_inference_steps": 2, "output_type": "pt"}
+    one, two = (
+        p("a photo of a cat", **call, generator=torch.Generator().manual_seed(0)).images
+        for p in (pipe, copy)
+    )
+    assert torch.equal(one, two)
+
+
 def test_an_unknown_or_missing_model_says_so(tmp_path) -> None:
     with pytest.raises(OptionError, match="stickers-turbo"):
         load_pipeline("stickers-turbb")
