@@ -41,7 +41,8 @@ def copy_tree(to: Path) -> None:
 
 
 def pytest_status(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """Exit status and last words of a run: 0 all passed, 1 some failed, others mean no verdict."""
+    """Exit status and last words of a run: 0 all passed, 1 some failed (these are named), others
+    mean no verdict."""
     # A second-old byte code file would hide a mutant of the same length.
     paths = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
@@ -49,7 +50,8 @@ def pytest_status(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         command, cwd=tree, env={**os.environ, **paths}, capture_output=True, text=True
     )
     lines = [line for line in done.stdout.splitlines() if line.strip()]
-    return done.returncode, lines[-1] if lines else done.stderr[-300:]
+    failed = [line for line in lines[:-1] if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, "; ".join(failed + lines[-1:]) or done.stderr[-300:]
 
 
 def check(mutant: Mutant, tree: Path) -> str:
