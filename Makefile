@@ -25,7 +25,7 @@ bench: $(STAMP)
 
 # Hours: every method, three budgets, three seeds; goes on where it was stopped.
 compare: $(STAMP)
-	$(BIN)/python -m benchmarks.comparison --page docs/comparison.md $(ARGS)
+	$(BIN)/python -m benchmarks.comparison --dtype bfloat16 --page docs/comparison.md $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants.py $(ARGS)

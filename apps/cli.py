@@ -57,7 +57,7 @@ Setting = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 Particles = Annotated[
-    int | None, typer.Option("--n-particles", help="Population size; the budget decides if left.")
+    int | None, typer.Option("--n-particles", help="n_particles (or n) of methods that have it.")
 ]
 
 

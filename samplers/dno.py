@@ -22,8 +22,9 @@ from steering.samplers.noise_optimisation import Iterate, NoiseOptimisation
 class DNO(NoiseOptimisation):
     """Direct noise optimisation (Tang et al. 2024, arXiv 2405.18881).
 
-    Authors: all noises of a DDIM sampler at eta 1, Adam at lr 0.01, gradient norm at most 1, 100
-    iterations, probability regularisation with weight 1 (their switch; off by default there).
+    Authors: all noises of a DDIM sampler at eta 1, AdamW at lr 0.01 (Adam here), gradient norm at
+    most 1, 100 iterations, probability regularisation with weight 1 (their switch; off by default
+    there).
 
     Attributes:
         estimator: "autograd" differentiates the reward. "hybrid" is for black boxes: the slope of
@@ -46,6 +47,7 @@ class DNO(NoiseOptimisation):
     name: ClassVar[str] = "dno"
     summary: ClassVar[str] = "gradient ascent in the noise of every step"
     paper: ClassVar[str] = "Tang et al. 2024 (2405.18881)"
+    needs_stochastic: ClassVar[bool] = True  # but for variables="initial"
     presets: ClassVar[dict[str, dict[str, object]]] = {
         "paper": {"n_iterations": 100},
         "black-box": {"estimator": "hybrid", "n_perturbations": 16},

@@ -114,7 +114,7 @@ class FK(Sampler):
     unguided: ClassVar[str | None] = None
     presets: ClassVar[dict[str, dict[str, object]]] = {
         # Authors' scripts for SD and SDXL: 4 particles, 100 DDIM steps, checkpoints 20, 40, ...
-        # 80 of 100, lambda 10. Their potential is max; ours is exact with any.
+        # 80 of 100, potential max (exact here). Their lambda is 2 or 10 by script: ours stays.
         "sd15": _AUTHORS,
         "sdxl": _AUTHORS,
         # One-step estimates of flow models carry little before a third of the steps.

@@ -76,7 +76,7 @@ class ParticleGibbs(Sampler):
             multinomially, so that the kept path does not bind the others.
         burn_in: first sweeps whose samples get no weight.
 
-    All samples of all sweeps are delivered, each once, with the weight it has collected; the
+    The samples of all sweeps that have collected weight are delivered, each once, with it; the
     best one is always among them.
     """
 

@@ -39,8 +39,8 @@ class ZeroOrder(Sampler):
     """A pivot noise, its neighbours, a step to the best.
 
     Attributes:
-        n_neighbours: samples of each round; 0 makes one sample and stops. None takes 4, or more
-            where rounds of 4 would leave some of the budget unspent.
+        n_neighbours: samples of each round; 0 makes one sample and stops. None takes 4, more
+            where that would leave some of the budget over, fewer where it pays for fewer.
         rounds: None spends the budget (4 where there is none).
         cosine: of the angle between pivot and neighbour: near 1 for small moves.
         restart: where no neighbour is better, "fresh" draws a new pivot, which takes the place of

@@ -52,7 +52,7 @@ class Grid:
         """The first step that ends with hardly any noise: copies made from there on stay copies.
 
         The last one, as a rule; the one before it where a schedule comes to its smallest noise
-        level before it comes to none, as those of flow models do (SD3: 0.001).
+        level before it comes to none, as SD3's does (0.001).
         """
         u = self.times[-2]
         return len(self) - 1 - (u.sigma <= _QUIET * (u.alpha + u.sigma) and len(self) > 1)

@@ -63,7 +63,7 @@ class Time:
     def pure(self) -> bool:
         """Whether the state is as good as pure noise: 1 / alpha would swamp a step of any length.
 
-        Schedules of flow models start here, not at alpha = 0 itself: 3e-4 and the like.
+        Some schedules of flow models start here, not at alpha = 0 itself (SANA: 3e-4).
         """
         return self.alpha < 0.01 * self.sigma
 
