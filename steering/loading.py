@@ -132,7 +132,7 @@ def _open(
 
 
 def _left_out(folder: Path) -> dict[str, None]:
-    """The parts that a saved pipeline did without (SD3 without T5), which diffusers wants named."""
+    """The parts a saved pipeline did without (SD3 without T5), which diffusers wants named."""
     index = folder / "model_index.json"
     parts = json.loads(index.read_text()) if index.is_file() else {}
     return {name: None for name, where in parts.items() if where == [None, None]}

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import pytest
+from PIL import Image
 from torch import Tensor
 
 from steering.apps.demo_order import Limits, Offer, Order
@@ -130,3 +133,30 @@ def eventually(true: Callable[[], Any], what: str) -> None:
     while not true():
         assert time.monotonic() < end, f"never: {what}"
         time.sleep(0.02)
+
+
+def ended(*tickets):
+    for ticket in tickets:
+        eventually(lambda ticket=ticket: ticket.over, f"run {ticket.number} is over")
+    return tickets[0] if len(tickets) == 1 else tickets
+
+
+def pixels(file) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.int16)
+
+
+@pytest.fixture(scope="module")
+def host():
+    with hosting(waiting=3, per_session=2, seconds=120.0) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def quiet_afterwards(request):
+    yield
+    if "host" in request.fixturenames:
+        shared = request.getfixturevalue("host")
+        for session in list(shared._tickets):
+            shared.leave(session)
+        eventually(lambda: shared.load == (0, 0), "the host is idle")

@@ -6,7 +6,8 @@ from mutant import Mutant
 
 TARGET = "tests/test_fk.py::test_every_potential_and_rule_has_the_same_target"
 TRACE = "tests/test_fk.py::test_weights_follow_from_the_trace"
-LEDGER = "tests/test_fk.py::test_the_ledger_agrees_with_the_forecast"
+LEDGER = "tests/test_fk_cost.py::test_the_ledger_agrees_with_the_forecast"
+FAILURES, STOPPING = "tests/test_engine_failures.py", "tests/test_engine_stopping.py"
 BATCH = "tests/test_engine.py::test_different_times_share_a_batch_and_each_task_gets_its_own_rows"
 
 MUTANTS = (
@@ -251,21 +252,21 @@ MUTANTS = (
         "steering/engine.py",
         "errors[next(iter(owners))] = error",
         "errors.update(dict.fromkeys(range(len(batch.tasks)), error))",
-        ("tests/test_engine.py::test_one_failing_prompt_does_not_cost_the_others_anything",),
+        (f"{FAILURES}::test_one_failing_prompt_does_not_cost_the_others_anything",),
     ),
     Mutant(
         "an interrupt is not noted",
         "steering/engine.py",
         "task.cancelled = task.outcome is None and task.error is None",
         "task.cancelled = task in pending",
-        ("tests/test_engine.py::test_an_interrupt_inside_a_method_marks_it_as_cancelled",),
+        (f"{STOPPING}::test_an_interrupt_inside_a_method_marks_it_as_cancelled",),
     ),
     Mutant(
         "a preview beats a finished picture",
         "steering/task.py",
         "better = request.final\n",
         "better = False\n",
-        ("tests/test_engine.py::test_a_finished_picture_beats_any_preview",),
+        (f"{STOPPING}::test_a_finished_picture_beats_any_preview",),
     ),
     Mutant(
         "NaN rewards let through",
@@ -328,6 +329,6 @@ MUTANTS = (
         "samplers/fk.py",
         "return lift(phi)",
         "return phi",
-        ("tests/test_fk.py::test_a_potential_of_minus_infinity_is_no_verdict",),
+        ("tests/test_fk_cost.py::test_a_potential_of_minus_infinity_is_no_verdict",),
     ),
 )

@@ -5,17 +5,19 @@ from __future__ import annotations
 from mutant import Mutant
 
 HOST = "tests/test_demo_host.py::"
+REPEATS = "tests/test_demo_recipes.py::"
+FORM = "tests/test_demo_form.py::"
 ABSURD = f"{HOST}test_what_is_absurd_is_refused_before_it_is_queued"
 UPLOADS = f"{HOST}test_uploads_are_judged_by_what_they_hold"
-RECIPES = f"{HOST}test_recipes_from_anywhere_reach_no_further_than_the_form"
+RECIPES = f"{REPEATS}test_recipes_from_anywhere_reach_no_further_than_the_form"
 OWN = f"{HOST}test_sessions_that_share_the_engine_get_their_own_results"
 CANCEL = f"{HOST}test_cancel_stops_a_sessions_own_runs_at_their_best_so_far"
 LEAVE = f"{HOST}test_who_leaves_takes_runs_and_files_along"
-BUTTONS = f"{HOST}test_start_comes_back_however_a_run_ends"
-MIDRUN = f"{HOST}test_a_press_in_mid_run_starts_nothing_and_a_form_drawn_anew_waits"
+BUTTONS = f"{FORM}test_start_comes_back_however_a_run_ends"
+MIDRUN = f"{FORM}test_a_press_in_mid_run_starts_nothing_and_a_form_drawn_anew_waits"
 BROWSER = "tests/test_demo_browser.py::"
 RETURN = f"{BROWSER}test_replay_and_score_come_back_after_an_end_and_an_error"
-REACHING = f"{HOST}test_rewards_of_a_recipe_lead_to_no_file_and_no_address"
+REACHING = f"{REPEATS}test_rewards_of_a_recipe_lead_to_no_file_and_no_address"
 SCORE = "tests/test_demo_score.py::"
 FULL = f"{HOST}test_a_full_queue_and_a_greedy_session_are_told_so"
 
@@ -252,42 +254,42 @@ MUTANTS = (
         "apps/demo_order.py",
         "        if of_recipe:\n",
         "        if of_recipe is None:\n",
-        (f"{HOST}test_options_of_a_recipes_method_are_numbers_flags_and_choices",),
+        (f"{REPEATS}test_options_of_a_recipes_method_are_numbers_flags_and_choices",),
     ),
     Mutant(
         "demo: guidance of a recipe takes anything",
         "apps/demo_recipes.py",
         '    check_method_options(Guide, value, "its guidance")',
         "    return",
-        (f"{HOST}test_options_of_a_recipes_method_are_numbers_flags_and_choices",),
+        (f"{REPEATS}test_options_of_a_recipes_method_are_numbers_flags_and_choices",),
     ),
     Mutant(
         "demo: the metadata of a recipe is lost",
         "apps/demo_engine.py",
         "reward=guide, metadata=extra[i],",
         "reward=guide,",
-        (f"{HOST}test_a_repeat_tells_the_reward_what_the_recipe_told_it",),
+        (f"{REPEATS}test_a_repeat_tells_the_reward_what_the_recipe_told_it",),
     ),
     Mutant(
         "demo: any scheduler will do",
         "apps/demo_engine.py",
         '        check_scheduler(order.scheduler, here["scheduler"])',
         "        check_scheduler(None, None)",
-        (f"{HOST}test_a_recipe_with_another_scheduler_is_refused",),
+        (f"{REPEATS}test_a_recipe_with_another_scheduler_is_refused",),
     ),
     Mutant(
         "demo: whatever differs was edited",
         "apps/demo_actions.py",
         "    if not reasons:",
         "    if len(reasons) < 9:",
-        (f"{HOST}test_what_was_not_the_same_is_named_before_an_edit_is",),
+        (f"{REPEATS}test_what_was_not_the_same_is_named_before_an_edit_is",),
     ),
     Mutant(
         "demo: threads do not count",
         "apps/demo_recipes.py",
         '_DECISIVE = ("max_batch", "threads", "deduplicate")',
         '_DECISIVE = ("max_batch", "deduplicate")',
-        (f"{HOST}test_what_was_not_the_same_is_named_before_an_edit_is",),
+        (f"{REPEATS}test_what_was_not_the_same_is_named_before_an_edit_is",),
     ),
     Mutant(
         "demo: a budget makes any population",
@@ -308,7 +310,7 @@ MUTANTS = (
         "apps/demo_forms.py",
         "if len(parts) == 1 and self.single else parts",
         'if len(parts) == 1 and self.name == "n_particles" else parts',
-        (f"{HOST}test_every_preset_passes_through_the_form_unchanged",),
+        (f"{FORM}test_every_preset_passes_through_the_form_unchanged",),
     ),
     Mutant(
         "demo: no guidance is the model's own",
@@ -385,14 +387,14 @@ MUTANTS = (
         "apps/demo_actions.py",
         "if difference == 0:",
         "if difference < 256:",
-        (f"{HOST}test_an_edited_picture_is_told_from_its_repeat",),
+        (f"{REPEATS}test_an_edited_picture_is_told_from_its_repeat",),
     ),
     Mutant(
         "demo: texts of people are HTML",
         "apps/demo_views.py",
         'class="st-note st-{kind}">{html.escape(text)}</div>',
         'class="st-note st-{kind}">{text}</div>',
-        (f"{HOST}test_texts_of_people_stay_text",),
+        (f"{FORM}test_texts_of_people_stay_text",),
     ),
     Mutant(
         "demo: a model that cannot be opened ends the worker",
@@ -406,7 +408,7 @@ MUTANTS = (
         "apps/demo_forms.py",
         'return self.kind in ("whole", "number") and self.optional',
         "return False",
-        (f"{HOST}test_numbers_that_may_be_left_out_are_written_as_text",),
+        (f"{FORM}test_numbers_that_may_be_left_out_are_written_as_text",),
     ),
     Mutant(
         "demo: Steer never comes back",

@@ -6,6 +6,8 @@ from mutant import Mutant
 
 TREE = "tests/test_tree.py"
 DTS = "tests/test_dts.py"
+DTS_COST = "tests/test_dts_cost.py"
+DTS_FILES = "tests/test_dts_files.py"
 GIBBS = "tests/test_particle_gibbs.py"
 TEMPER = "tests/test_parallel_tempering.py"
 
@@ -99,14 +101,14 @@ MUTANTS = (
         "samplers/tree_rollout.py",
         "rows = Rows([r.slot for r in walking])",
         "rows = Rows(list(range(len(walking))))",
-        (f"{DTS}::test_a_tree_is_gone_on_with",),
+        (f"{DTS_FILES}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
         "dts: noise by position in the round",
         "samplers/tree_rollout.py",
         'ctx.key("init").at(slot=rollout.slot)',
         'ctx.key("init").at(slot=rollout.slot % 2)',
-        (f"{DTS}::test_a_tree_is_gone_on_with",),
+        (f"{DTS_FILES}::test_a_tree_is_gone_on_with",),
     ),
     Mutant(
         "dts: finished rollouts in the order of their starts",
@@ -134,7 +136,7 @@ MUTANTS = (
         "samplers/tree_search.py",
         "left.covers(prices[tree.depth[node]])",
         "left.covers(prices[-1])",
-        (f"{DTS}::test_budgets_are_spent_to_the_last_rollout",),
+        (f"{DTS_COST}::test_budgets_are_spent_to_the_last_rollout",),
     ),
     Mutant(
         "dts: children waiting in a round forgotten",
@@ -148,7 +150,7 @@ MUTANTS = (
         "samplers/tree_files.py",
         '        ("prompt", ctx.prompt, tree.prompt),\n',
         "",
-        (f"{DTS}::test_a_tree_that_does_not_fit_is_refused_at_once",),
+        (f"{DTS_FILES}::test_a_tree_that_does_not_fit_is_refused_at_once",),
     ),
     Mutant(
         "dts: a tree of other noise levels taken",
@@ -211,7 +213,7 @@ MUTANTS = (
         "samplers/tree_search.py",
         "        finally:\n            if self.save_tree",
         "        else:\n            if self.save_tree",
-        (f"{DTS}::test_a_stopped_run_keeps_its_tree",),
+        (f"{DTS_FILES}::test_a_stopped_run_keeps_its_tree",),
     ),
     Mutant(
         "gibbs: the kept path is resampled away",

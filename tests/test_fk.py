@@ -1,4 +1,4 @@
-"""Feynman-Kac steering against exact laws, its limits, its cost, and the authors' variant.
+"""Feynman-Kac steering against exact laws, weights and limits.
 
 One call of steer() runs R prompts with R seeds, which are R independent repetitions.
 """
@@ -11,96 +11,26 @@ import pytest
 import torch
 
 import steering
-from steering.analytic import (
-    FiniteChain,
-    GaussianMixture,
-    LinearReward,
-    QuadraticReward,
-    TableReward,
-)
-from steering.errors import BudgetError, OptionError, SteeringError
-from steering.grids import on_path
-from steering.ledger import Budget
-from steering.method import Plan, default_costs
+from steering.analytic import GaussianMixture, LinearReward
 from steering.particles import log_mean_exp
-from steering.paths import Prediction, Tabulated
 from steering.samplers import FK, BestOfN
 from steering.samplers.fk import POTENTIALS
-from tests.populations import SLOPE, cloud
-from tests.tiny_pipelines import build
-
-R, N = 48, 128
-CHECKPOINTS = (0.25, 0.5, 0.75)
-LINE = LinearReward([1.0])
-BOWL = QuadraticReward([1.0, -1.0])
-TABLE = TableReward([0.0, 1.0, -1.0, 2.0, 0.5])
-
-
-def mean_rho(rho: torch.Tensor) -> torch.Tensor:
-    """A potential of the user's own."""
-    return rho.mean(0)
-
-
-def line(prompts=("p",), kernel="exact", steps=8) -> GaussianMixture:
-    weights, means, stds = [0.6, 0.3, 0.1], [-2.0, 0.5, 3.0], [0.5, 0.4, 0.4]
-    return GaussianMixture(weights, means, stds, steps=steps, kernel=kernel, prompts=prompts)
-
-
-def plane(prompts=("p",)) -> GaussianMixture:
-    means = [[-1.0, 0.0], [1.0, 1.0], [0.0, -2.0]]
-    return GaussianMixture(
-        [0.5, 0.3, 0.2], means, [0.5, 0.3, 0.6], steps=8, kernel="exact", prompts=prompts
-    )
-
-
-def chain(prompts=("p",)) -> FiniteChain:
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(6, 5, 5, generator=generator, dtype=torch.float64)
-    sticky = 0.75 * torch.eye(5, dtype=torch.float64) + 0.25 * torch.softmax(2 * logits, 2)
-    return FiniteChain([0.3, 0.2, 0.2, 0.1, 0.2], sticky, prompts=prompts)
-
-
-class Guided(GaussianMixture):
-    """Two network rows per sample, as with classifier-free guidance."""
-
-    def costs(self) -> tuple[int, ...]:
-        return (2,) * len(self.grid())
-
-    def predict(self, x, t, *, cond=0, grad=False):
-        self.rows += len(x)
-        return super().predict(x, t, cond=cond, grad=grad)
-
-
-class Tweedie(GaussianMixture):
-    """Knows the posterior mean only, like a network."""
-
-    def predict(self, x, t, *, cond=0, grad=False):
-        prediction = super().predict(x, t, cond=cond, grad=grad)
-        return Prediction(prediction.x0, prediction.eps)
-
-
-def steer(model, reward, method, *, seed=0, max_batch=10**6, **more):
-    """One result, or one for each prompt where there are several."""
-    prompts = model.prompts[0] if len(model.prompts) == 1 else list(model.prompts)
-    return steering.steer(
-        model, prompts, reward=reward, method=method, seed=seed, max_batch=max_batch, **more
-    )
-
-
-def repeated(make, reward, method):
-    return steer(make(("p",) * R), reward, method, seed=list(range(R)))
-
-
-def by_slot(result) -> torch.Tensor:
-    return result.samples[result.slots.argsort()]
-
-
-def errors(values: list[float], truth: float) -> float:
-    """Distance of the mean from the truth in standard errors, which must be small enough."""
-    v = torch.tensor(values, dtype=torch.float64)
-    error = float(v.std()) / math.sqrt(len(v))
-    assert error < 0.06 * max(1.0, abs(truth)), "too noisy to prove anything"
-    return abs(float(v.mean()) - truth) / error
+from tests.fk_world import CHECKPOINTS, N, mean_rho
+from tests.populations import (
+    BOWL,
+    LINE,
+    SLOPE,
+    TABLE,
+    R,
+    by_slot,
+    chain,
+    cloud,
+    errors,
+    line,
+    plane,
+    repeated,
+    steer,
+)
 
 
 def check_law(results, log_z: float, f, mean: float, allowance: float = 4.0) -> None:
@@ -261,6 +191,15 @@ def test_weights_follow_from_the_trace(potential: str, rule: str, damping: str) 
     assert rule != "ess" or decisions == {True, False}
 
 
+@pytest.mark.parametrize("options", [{"lookahead": 1}, {"n_draws": 2}])
+def test_samples_and_draws_are_never_damped(options: dict) -> None:
+    """Only a one-step estimate is in doubt."""
+    runs = [
+        steer(line(kernel="path"), LINE, FK(n_particles=4, damping=d, **options)) for d in DAMPED
+    ]
+    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
+
+
 def test_rewards_belong_to_the_delivered_samples() -> None:
     result = steer(line(), LINE, FK(n_particles=9, reward_scale=2.0))
     assert torch.equal(result.rewards, LINE(result.samples).float().double())
@@ -280,6 +219,21 @@ def test_nothing_is_resampled_before_a_step_without_noise() -> None:
     result = steer(line(kernel="path", steps=4), LINE, method)
     assert result.trace.column("checkpoint") == [2]
     assert len(result.samples.unique()) == 8
+
+
+def test_no_copies_are_delivered_where_the_grid_comes_to_its_smallest_level_before_none() -> None:
+    """SD3's own four steps end at noise 0.001, then 0: what is resampled there stays a copy."""
+    pipe = steering.load("stickers", dtype="float32")
+    method = FK(
+        n_particles=4, reward_scale=200.0, resample="always", checkpoints=(0.25, 0.5, 0.75)
+    )
+    result = steering.steer(
+        pipe, "a photo of a dog", reward="clip", method=method, num_inference_steps=4
+    )
+    assert [e["checkpoint"] for e in result.trace.events if "ancestors" in e] == [1]
+    x = result.samples.flatten(1)
+    apart = torch.cdist(x, x)[torch.triu_indices(4, 4, 1).unbind()] / x.norm(dim=1).mean()
+    assert float(apart.min()) > 0.05
 
 
 def test_every_resampling_has_numbers_of_its_own() -> None:
@@ -386,235 +340,3 @@ def test_prompts_run_together_as_they_run_alone(alone: list, max_batch: int) -> 
         assert [getattr(one.ledger, c) for c in counts] == [
             getattr(other.ledger, c) for c in counts
         ]
-
-
-# --- cost -----------------------------------------------------------------------------------
-
-COSTS = {
-    "plain": {},
-    "draws": {"n_draws": 3},
-    "lookahead": {"lookahead": 2, "n_draws": 2},
-    "lookahead beyond the end": {"lookahead": 99},
-    "none": {"potential": "none"},
-    "no checkpoint": {"checkpoints": ()},
-    "same step twice": {"checkpoints": (0.3, 0.31, 0.32)},
-    "noise levels": {"noise_levels": (0.8, 0.5, 0.2)},
-    "authors": {"mode": "authors"},
-}
-
-
-def guided() -> Guided:
-    return Guided([0.5, 0.5], [-1.0, 1.0], [0.4, 0.4], steps=7, prompts=("p",))
-
-
-def plan_of(model, method: FK, **caps: int) -> Plan:
-    grid = method.levels(model)
-    return Plan(grid=grid, costs=default_costs(model, grid), budget=Budget(**caps))
-
-
-@pytest.mark.parametrize("case", sorted(COSTS))
-def test_the_ledger_agrees_with_the_forecast(case: str) -> None:
-    method = FK(n_particles=5, reward_scale=1.0, **COSTS[case])
-    model = Tweedie if case == "authors" else Guided
-    model = model([0.5, 0.5], [-1.0, 1.0], [0.4, 0.4], steps=7, prompts=("p",))
-    cost = method.cost(plan_of(model, method))
-    result = steer(model, LINE, method)
-    ledger = result.ledger
-    assert (ledger.nfe, ledger.decodes, ledger.reward_calls) == (
-        cost.nfe,
-        cost.decodes,
-        cost.reward_calls,
-    )
-    assert ledger.nfe == model.rows
-    assert ledger.nfe_backward == 0
-
-
-def test_cost_by_hand() -> None:
-    """5 particles, 7 guided steps, checkpoints before steps 3, 4 and 5 (6 is the last)."""
-    cost = FK(n_particles=5).cost(plan_of(guided(), FK()))
-    assert (cost.nfe, cost.decodes, cost.reward_calls) == (5 * 7 * 2, 5 * 3 + 5, 5 * 3 + 5)
-    ahead = FK(n_particles=5, checkpoints=(0.5,), lookahead=2, n_draws=3)
-    assert ahead.cost(plan_of(guided(), FK())).nfe == 70 + 5 * 3 * 2 * 2
-
-
-@pytest.mark.parametrize("options", [{}, {"lookahead": 1, "n_draws": 2}], ids=["plain", "ahead"])
-@pytest.mark.parametrize("nfe", [40, 70, 71, 83, 84, 85, 333])
-def test_budgets_are_filled_and_never_exceeded(options: dict, nfe: int) -> None:
-    method = FK(reward_scale=1.0, **options)
-    each = FK(n_particles=1, **options).cost(plan_of(guided(), method)).nfe
-    if each > nfe:
-        with pytest.raises(BudgetError, match=f"one particle needs {each} here"):
-            steer(guided(), LINE, method, nfe=nfe)
-        return
-    result = steer(guided(), LINE, method, nfe=nfe)
-    assert len(result) == nfe // each
-    assert result.ledger.nfe == len(result) * each <= nfe
-
-
-def test_reward_calls_are_a_budget_too() -> None:
-    result = steer(guided(), LINE, FK(), nfe=1000, budget=Budget(reward_calls=19))
-    assert len(result) == 4
-    assert result.ledger.reward_calls == 16
-
-
-def test_a_population_that_costs_more_than_the_budget_is_refused_at_once() -> None:
-    model = guided()
-    with pytest.raises(BudgetError, match="fk with 9 particles needs nfe=126, the budget is 125"):
-        steer(model, LINE, FK(n_particles=9), nfe=125)
-    assert model.rows == 0
-
-
-# --- rewards of -inf, potentials that misbehave -----------------------------------------------
-
-
-def test_previews_without_weight_are_dropped_and_the_rest_goes_on() -> None:
-    def picky(images: torch.Tensor) -> torch.Tensor:
-        reward = images[:, 0].clone()
-        reward[reward < -1.0] = -torch.inf
-        return reward
-
-    for rule in ("ess", "always", "never"):
-        method = FK(n_particles=32, reward_scale=1.0, resample=rule, checkpoints=CHECKPOINTS)
-        result = steer(line(), picky, method)
-        assert not bool(torch.isnan(result.log_weights).any())
-        assert math.isfinite(result.log_z)
-        assert float(result.weights @ (result.rewards == -torch.inf).double()) == 0.0
-
-
-def test_no_weight_anywhere_is_a_clear_error() -> None:
-    with pytest.raises(SteeringError, match="All 6 particles have weight zero"):
-        steer(line(), lambda images: torch.full((len(images),), -torch.inf), FK(n_particles=6))
-
-
-@pytest.mark.parametrize(
-    ("potential", "message"),
-    [
-        (lambda rho: rho.mean(), "one number per particle"),
-        (lambda rho: rho, "one number per particle"),
-        (lambda rho: rho[-1] * torch.nan, "NaN"),
-    ],
-)
-def test_a_potential_that_makes_no_weights_is_refused(potential, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        steer(line(), LINE, FK(n_particles=4, potential=potential))
-
-
-# --- the authors' variant -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bench() -> tuple[Tweedie, tuple[float, ...]]:
-    """The chain of a 12-step VP schedule with a checkpoint at every step; R repetitions."""
-    table = (1 - torch.linspace(0.03, 0.5, 12, dtype=torch.float64)).cumprod(0)
-    path = Tabulated(table)
-    grid = on_path(path, [1 - i / 12 for i in range(13)])
-    model = Tweedie(
-        [0.6, 0.3, 0.1],
-        [-2.0, 0.5, 3.0],
-        [0.5, 0.4, 0.4],
-        path=path,
-        grid=grid,
-        kernel="exact",
-        prompts=("p",) * R,
-    )
-    return model, tuple((i + 0.01) / 12 for i in range(12))
-
-
-# The published code's logic, simulated independently on this chain (200 runs of 256 particles):
-# -0.47, 2.43, 2.90 and 3.50 to 3.56; the target is 2.521 and the base mean -0.75.
-DEFECTS = {
-    ("difference", "ess"): (-0.47, 0.35),  # measured -0.48: weights dropped, reward memory kept
-    ("difference", "always"): (2.43, 0.20),  # measured 2.43: lags by a step
-    ("max", "always"): (2.90, 0.40),  # measured 3.03: tilted by the largest estimate
-    ("sum", "always"): (3.53, 0.15),  # measured 3.42: tilted by all estimates
-}
-
-
-@pytest.mark.parametrize(("potential", "rule"), sorted(DEFECTS))
-def test_authors_mode_has_the_known_defects(bench, potential: str, rule: str) -> None:
-    model, checkpoints = bench
-    method = FK(
-        n_particles=N,
-        reward_scale=1.0,
-        potential=potential,
-        resample=rule,
-        checkpoints=checkpoints,
-        mode="authors",
-    )
-    means = [float(r.samples.mean()) for r in steer(model, LINE, method, seed=list(range(R)))]
-    known, width = DEFECTS[potential, rule]
-    assert abs(sum(means) / R - known) < width
-
-
-def test_exact_mode_has_none_of_them(bench) -> None:
-    """Adaptive difference: 2.47 where the authors' gives -0.4."""
-    model, checkpoints = bench
-    method = FK(n_particles=N, reward_scale=1.0, checkpoints=checkpoints)
-    results = steer(model, LINE, method, seed=list(range(R)))
-    means = [float(r.weights @ r.samples[:, 0]) for r in results]
-    log_z = model.log_normaliser(LINE)
-    assert errors([math.exp(r.log_z - log_z) for r in results], 1.0) < 5.0
-    assert abs(sum(means) / R - 2.521) < 0.12
-
-
-@pytest.mark.parametrize("options", [{"lookahead": 1}, {"n_draws": 2}])
-def test_samples_and_draws_are_never_damped(options: dict) -> None:
-    """Only a one-step estimate is in doubt."""
-    runs = [
-        steer(line(kernel="path"), LINE, FK(n_particles=4, damping=d, **options)) for d in DAMPED
-    ]
-    assert torch.equal(runs[0].log_weights, runs[1].log_weights)
-
-
-def test_draws_that_a_network_cannot_give_are_refused_before_it_is_asked() -> None:
-    pipe, call = build("sd", steps=2)
-    with steering.wrap(pipe, **call) as model:
-        with pytest.raises(OptionError, match="the mean only"):
-            steering.steer(
-                model, reward=lambda images: images.mean((1, 2, 3)), method=FK(n_draws=2)
-            )
-        assert model.rows == 0
-
-
-def test_the_authors_mode_claims_no_target() -> None:
-    assert (FK().target, FK(mode="authors").target) == ("tilted", "heuristic")
-
-
-def test_the_authors_mode_refuses_potentials_it_does_not_know_when_it_is_made() -> None:
-    for potential in ("none", mean_rho):
-        with pytest.raises(OptionError, match="knows the potentials difference, max and sum"):
-            FK(mode="authors", potential=potential)
-
-
-def test_a_potential_of_minus_infinity_is_no_verdict() -> None:
-    """Whatever was said on the way, the weight is exp(reward_scale r) of the delivered sample."""
-
-    def gives_up(rho):
-        return rho[-1].masked_fill(rho[-1] < rho[-1].median(), float("-inf"))
-
-    method = FK(n_particles=16, reward_scale=0.7, potential=gives_up, resample="never")
-    result = steer(line(), LINE, method)
-    torch.testing.assert_close(result.log_weights, 0.7 * result.rewards)
-
-
-def test_a_potential_that_returns_no_tensor_is_named() -> None:
-    method = FK(n_particles=2, potential=lambda rho: rho[-1].tolist())
-    with pytest.raises(
-        OptionError, match=r"one number per particle, 2 in all as a tensor, got \["
-    ):
-        steer(line(), LINE, method)
-
-
-def test_no_copies_are_delivered_where_the_grid_comes_to_its_smallest_level_before_none() -> None:
-    """SD3's own four steps end at noise 0.001, then 0: what is resampled there stays a copy."""
-    pipe = steering.load("stickers", dtype="float32")
-    method = FK(
-        n_particles=4, reward_scale=200.0, resample="always", checkpoints=(0.25, 0.5, 0.75)
-    )
-    result = steering.steer(
-        pipe, "a photo of a dog", reward="clip", method=method, num_inference_steps=4
-    )
-    assert [e["checkpoint"] for e in result.trace.events if "ancestors" in e] == [1]
-    x = result.samples.flatten(1)
-    apart = torch.cdist(x, x)[torch.triu_indices(4, 4, 1).unbind()] / x.norm(dim=1).mean()
-    assert float(apart.min()) > 0.05

@@ -466,7 +466,7 @@ def test_minus_infinity_moves_nothing() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"space": "state"}, {"space": "state", "mu": 0.5}])
 def test_a_grid_that_starts_near_pure_noise_is_guided_as_one_that_starts_there(options) -> None:
-    """Some flow schedules start at alpha = 3e-4, where sigma^2 / alpha would carry states far away."""
+    """Some flow schedules start at alpha = 3e-4: sigma^2 / alpha would carry states far away."""
 
     def mean(first: float) -> float:
         grid = on_path(Linear(), (first, 0.75, 0.5, 0.25, 0.0))
