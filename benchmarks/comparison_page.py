@@ -22,9 +22,9 @@ run's share of all calls on {threads} CPU thread{t} in {dtype}, all prompts toge
 other jobs on the machine took.
 
 Made by `python -m benchmarks.comparison --dtype {dtype}`; defaults of every method, no tuning
-for this world. Where a budget does not pay for the defaults, smaller settings stand behind the name.
-`best_of_n_eta1` is best-of-N with the noise that particle methods add on the way: what that noise
-is worth without steering.
+for this world. Where a budget does not pay for the defaults, smaller settings stand behind the
+name. `best_of_n_eta1` is best-of-N with the noise that particle methods add on the way: what that
+noise is worth without steering.
 
 ![reward and verdict against rows and seconds]({plot})
 """
