@@ -184,7 +184,7 @@ def load_chat(
     key = (source, precision, device)
     if key not in _LOADED:
         dtype = checkpoints.dtype_of(precision, reward)
-        with torch.inference_mode(False):  # parameters kept for a backward pass later
+        with checkpoints.building():
             _LOADED[key] = _open(source, reward, dtype, device)
         while len(_LOADED) > _KEPT:
             _LOADED.popitem(last=False)

@@ -8,7 +8,8 @@ are wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ WEIGHTS = (*SAFE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt", "vocab.json")
 IMAGES = ("preprocessor_config.json", "processor_config.json")
 _TEXTS = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Where a network is made: a backward pass can go through its parameters later, and the random
+    weights that loaded ones replace leave the caller's generator as it was."""
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        yield
 
 
 def dtype_of(precision: str, reward: str) -> torch.dtype:

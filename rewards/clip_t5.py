@@ -138,7 +138,7 @@ def load(
     if not any((folder / name).is_file() for name in checkpoints.TOKENIZER):
         words = checkpoints.find(tokenizer, reward, (checkpoints.TOKENIZER,))
     tower = checkpoints.find(vision, reward, ("config.json", "preprocessor_config.json"))
-    with torch.inference_mode(False):
+    with checkpoints.building():
         return _assemble(folder, config, words, tower, reward, dtype, device)
 
 

@@ -195,7 +195,7 @@ def load(source: str, reward: str, precision: str, device: str) -> Finder:
     }
     closed = (Closed, tf.AutoModelForObjectDetection, tf.AutoImageProcessor)
     cls, model_cls, processor_cls = kinds.get(kind, closed)
-    with torch.inference_mode(False):
+    with checkpoints.building():
         model = checkpoints.load_model(model_cls, folder, reward, dtype, device)
         return cls(model, checkpoints.load_part(processor_cls, folder, reward))
 

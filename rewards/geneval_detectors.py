@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steering.errors import OptionError, WeightsError, unknown_name
 from steering.recipe import fingerprint
+from steering.rewards import checkpoints
 from steering.rewards.geneval import CLASSES, PUBLISHED, Box, Objects, Rules
 from steering.rewards.images import default_device
 
@@ -284,7 +285,8 @@ def open_detector(spec: str, *, device: str | None = None, rules: Rules | None =
     if kind == "detr" and not source:
         raise OptionError("The detector 'detr' needs weights: write detr=FOLDER or detr=HUB_ID.")
     source = source or MASK2FORMER
-    model, processor = _read(kind, source)
+    with checkpoints.building():
+        model, processor = _read(kind, source)
     model = model.to(device).requires_grad_(False)
     chosen = rules or PUBLISHED
     if kind == "mask2former":

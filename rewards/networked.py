@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steering.errors import OptionError, WeightsError
 from steering.rewards.base import Reward
-from steering.rewards.checkpoints import dtype_of, read_weights
+from steering.rewards.checkpoints import building, dtype_of, read_weights
 from steering.rewards.images import device_name
 from steering.rewards.memory import in_batches
 from steering.scoring import Scores
@@ -80,7 +80,7 @@ class Networked(Reward):
         return torch.cat(parts).float().to(images.device)
 
     def _ready(self, device: torch.device | str) -> Any:  # noqa: ANN401
-        with torch.inference_mode(False):  # parameters kept for a backward pass later
+        with building():
             return self._load(device_name(self.device or device))
 
     def _load(self, where: str) -> Net:

@@ -18,6 +18,16 @@ OFFLOAD = f"{MEMORY}test_offload_leaves_the_network_on_the_cpu_unless_a_gradient
 
 MUTANTS = (
     Mutant(
+        "loading a reward draws from the caller's generator",
+        "rewards/checkpoints.py",
+        "with torch.inference_mode(False), torch.random.fork_rng(devices=[]):",
+        "with torch.inference_mode(False):",
+        (
+            "tests/test_rewards_clip.py::test_loading_leaves_the_callers_random_state",
+            "tests/test_rewards_vqascore.py::test_loading_leaves_the_callers_random_state",
+        ),
+    ),
+    Mutant(
         "score asks a comparison in batches",
         "apps/bench.py",
         "step = len(group) if compares(reward) else most(size)",

@@ -179,6 +179,15 @@ def test_inference_mode_leaves_nothing_that_blocks_gradients(folder, pictures):
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("stickers", [False, True])
+def test_loading_leaves_the_callers_random_state(folder, stickers):
+    load.cache_clear()
+    before = torch.get_rng_state()
+    reward = Clip(model="stickers") if stickers else Clip(pretrained=str(folder))
+    reward.for_model(SimpleNamespace(device="cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_prompts_must_be_text(folder, pictures):
     with pytest.raises(OptionError, match="prompt 1 is None"):
         Clip(pretrained=str(folder))(pictures[:2], ["a", None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +215,13 @@ def test_following_the_gradient_raises_the_score(flan, qwen, pictures, kind):
     with torch.no_grad():
         better = reward((x + step).clamp(0, 1), PROMPTS).value > value
     assert better.all()
+
+
+def test_loading_leaves_the_callers_random_state(flan):
+    clip_t5.load.cache_clear()
+    before = torch.get_rng_state()
+    VQAScore(**flan).for_model(SimpleNamespace(device="cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path):

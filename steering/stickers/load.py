@@ -145,7 +145,8 @@ def _open(folder: Path, marker: str, read: Callable[[], _T]) -> _T:
     if not (folder / marker).is_file():
         raise WeightsError(f"Sticker weights are missing: {folder / marker}. {way_out}")
     try:
-        return read()
+        with torch.random.fork_rng(devices=[]):  # loaded weights replace random ones
+            return read()
     except Exception as error:
         raise WeightsError(
             f"Sticker weights in {folder} cannot be read ({type(error).__name__}: {error}). "
