@@ -313,7 +313,9 @@ def _room(option: str, grid: Grid) -> str:
         return "No share is usable here."
     if option != "noise_levels":
         return f"The largest usable share here is {step / len(grid):.4g}."
-    return f"The smallest usable share here is {grid.times[step].share:.4g}."
+    # Rounded up: a share below that of the level belongs to the next one.
+    share = math.ceil(grid.times[step].share * 1e4 - 1e-6) / 1e4
+    return f"The smallest usable share here is {share:g}."
 
 
 def damping(rule: Damping, grid: Grid, step: int) -> float:

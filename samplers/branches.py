@@ -175,10 +175,11 @@ class Branches(Sampler):
     def fit(self, plan: Plan) -> Branches:
         chosen = any(segment.branched for segment in self.segments(plan.grid))
         if self.select == "argmax" and self.n_branches > 1 and not chosen:
+            early = any(s.branched for s in replace(self, start=0.0).segments(plan.grid))
             raise OptionError(
                 f"{self.name}: no step of this grid of {len(plan.grid)} branches from start="
-                f"{self.start} on (the last one adds no noise), so nothing would be chosen. Lower "
-                "start, take more steps, or use best_of_n."
+                f"{self.start} on (the last one adds no noise), so nothing would be chosen. "
+                f"{'Lower start, take' if early else 'Take'} more steps, or use best_of_n."
             )
         return fit_population(self, plan, 4)
 

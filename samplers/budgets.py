@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from steering.errors import BudgetError, SteeringError
+from steering.grids import Grid
 from steering.method import Cost, Plan
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def afford(
             raise BudgetError(
                 f"{name}={cap} is too small: one {what} needs {one} here "
                 f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it to "
-                f"that, or lower {levers(method, plan, name)}."
+                f"that{or_lower(method, plan, name)}."
             )
         limits.append(least + (cap - one) // (two - one))
     return min(limits) if limits else default
@@ -59,17 +60,14 @@ def within_budget(plan: Plan, cost: Cost, what: str, method: Sampler | None = No
     for name in ("nfe", "reward_calls"):
         cap, need = getattr(plan.budget, name), getattr(cost, name)
         if cap is not None and need > cap:
-            lower = "the number of samples or steps"
-            if method is not None:
-                lower = levers(method, plan, name)
             raise BudgetError(
-                f"{what} needs {name}={need}, the budget is {cap}. Raise the budget, or lower "
-                f"{lower}."
+                f"{what} needs {name}={need}, the budget is {cap}. Raise the budget"
+                f"{or_lower(method, plan, name)}."
             )
 
 
-def levers(method: Sampler | None, plan: Plan, counter: str) -> str:
-    """The options of a method that make it cheaper when they are lowered, in words."""
+def or_lower(method: Sampler | None, plan: Plan, counter: str) -> str:
+    """ ", or lower ..." with what makes a method cheaper: options, the number of steps."""
     found = []
     if method is not None:
         now = getattr(method.cost(plan), counter)
@@ -79,8 +77,22 @@ def levers(method: Sampler | None, plan: Plan, counter: str) -> str:
                     less = replace(method, **{f.name: value})
                     if f.name not in found and getattr(less.cost(plan), counter) < now:
                         found.append(f.name)
-    steps = "the number of steps"
-    return f"{', '.join(found)} or {steps}" if found else steps
+    steps = ["the number of steps"] if _steps_count(method, plan, counter) else []
+    named = " or ".join([", ".join(found), *steps] if found else steps)
+    return f", or lower {named}" if named else ""
+
+
+def _steps_count(method: Sampler | None, plan: Plan, counter: str) -> bool:
+    """Whether some smaller number of steps is cheaper."""
+    if counter == "nfe" or method is None:
+        return len(plan.grid) > 1
+    now = getattr(method.cost(plan), counter)
+    for k in range(1, len(plan.grid)):
+        shorter = replace(plan, grid=Grid(plan.grid.times[-k - 1 :]), costs=plan.costs[-k:])
+        with contextlib.suppress(SteeringError):  # not every grid suits every method
+            if getattr(method.cost(shorter), counter) < now:
+                return True
+    return False
 
 
 def _less(value: Any) -> list[Any]:  # noqa: ANN401

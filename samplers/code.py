@@ -67,7 +67,8 @@ class CoDe(Branches):
         """The noise levels to visit.
 
         Raises:
-            OptionError: the reference is no state of this model.
+            OptionError: the reference is no state of this model, or nothing of it is left where
+                the walk starts.
         """
         if self.reference is not None:
             if tuple(self.reference.shape) != tuple(model.event_shape):
@@ -78,7 +79,13 @@ class CoDe(Branches):
                 )
             if not model.dtype.is_floating_point:
                 raise OptionError("code: states of this model are integers, which take no noise.")
-        return super().levels(model)
+        grid = super().levels(model)
+        if self.reference is not None and grid.times[self.begin(grid)].alpha == 0.0:
+            raise OptionError(
+                f"code: with strength={self.strength:g} a walk of {len(grid)} steps starts from "
+                "pure noise, with nothing of the reference in it. Lower strength, say to 0.6."
+            )
+        return grid
 
     def begin(self, grid: Grid) -> int:
         """The node at which the walk starts."""

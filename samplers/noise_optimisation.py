@@ -142,7 +142,8 @@ class NoiseOptimisation(Sampler):
             )
 
     def levels(self, model: Model) -> Grid:
-        if self.variables == "all" and getattr(model, "transition", None) is not None:
+        moves = getattr(model, "transition", None) is not None
+        if self.variables == "all" and moves and model.dtype.is_floating_point:
             raise OptionError(
                 f"{self.name}: {getattr(model, 'name', 'this model')!r} makes its own moves, and "
                 "their noise cannot be optimised; use variables='initial'."

@@ -173,7 +173,7 @@ class ParallelTempering(Sampler):
             # Where the number of moves is open too, the budget goes to them.
             n = most if self.iterations else min(most, _CHAINS)
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale), n_particles=n)
-        within_budget(plan, fitted.cost(plan), f"parallel_tempering with {n} chains")
+        within_budget(plan, fitted.cost(plan), f"parallel_tempering with {n} chains", self)
         moves = self.iterations or fitted._moves(plan)
         burn_in = moves // 4 if self.burn_in is None else self.burn_in
         if burn_in >= moves:

@@ -161,6 +161,12 @@ class ParticleGibbs(Sampler):
             fitted = replace(fitted, n_particles=n if self.iterations else min(n, _SIZE))
         what = f"particle_gibbs with {fitted.n_particles} particles"
         within_budget(plan, fitted.cost(plan), what, self)
+        if fitted.n_particles == 1 and self.burn_in:
+            way = "Take two or more particles" if self.n_particles else "Raise the budget"
+            raise OptionError(
+                f"particle_gibbs: one particle makes one sweep, burn_in={self.burn_in} leaves "
+                f"none of it. {way}, or set burn_in=0."
+            )
         if self.iterations is None:
             sweeps = 1
             if fitted.n_particles != 1:

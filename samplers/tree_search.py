@@ -196,6 +196,9 @@ class TreeSearch(Sampler):
         check_levels(self, "branch_levels", plan.grid, levels)
         fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         one, caps = self.prices(plan)[0], (plan.budget.nfe, plan.budget.reward_calls)
+        if self.trajectories is not None:
+            need = Cost(nfe=self.trajectories * one.rows, decodes=0, reward_calls=0)
+            within_budget(plan, need, f"{self.name} with {self.trajectories} trajectories", self)
         for name, cap, need in zip(("nfe", "reward_calls"), caps, one, strict=True):
             if cap is not None and cap < need:
                 raise BudgetError(
@@ -203,9 +206,6 @@ class TreeSearch(Sampler):
                     f"({len(plan.grid)} steps at {max(plan.costs)} network rows a step). Raise it "
                     "to that, or lower the number of steps."
                 )
-        if self.trajectories is not None:
-            need = Cost(nfe=self.trajectories * one.rows, decodes=0, reward_calls=0)
-            within_budget(plan, need, f"{self.name} with {self.trajectories} trajectories")
         for path in (self.save_tree, self.load_tree):
             if path is not None and not Path(path).parent.is_dir():
                 raise OptionError(f"{self.name}: {path!r} is in no folder that exists.")

@@ -105,13 +105,15 @@ class ZeroOrder(Sampler):
 
     def _filling(self, plan: Plan) -> int:
         """The usual number of neighbours, and what would be left over shared among the rounds."""
-        one = replace(self, n_neighbours=1, rounds=1)
 
         def cost(n: int) -> Cost:
-            return replace(one, n_neighbours=n).cost(plan)
+            return replace(self, n_neighbours=n, rounds=self.rounds or 1).cost(plan)
 
-        most = afford(plan, cost, (self.rounds or 4) * _USUAL, "neighbour and its pivot", self)
-        return max(1, most // (self.rounds or max(1, most // _USUAL)))
+        if self.rounds is not None:
+            what = f"neighbour in each of {self.rounds} rounds and their pivot"
+            return afford(plan, cost, _USUAL, what, self)
+        most = afford(plan, cost, 4 * _USUAL, "neighbour and its pivot", self)
+        return most // max(1, most // _USUAL)
 
     def run(self, ctx: Context) -> Run:
         pivot, pivots, made = ctx.noise(1), 1, 1

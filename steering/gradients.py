@@ -202,7 +202,7 @@ def no_gradient(method: str, reward: str) -> RewardError:
     """The error of a reward that cannot be differentiated."""
     return RewardError(
         f"Method {method!r} needs the gradient of the reward, and reward {reward!r} has none. Use "
-        "a differentiable reward (`steer list rewards` says which), or a method that needs none."
+        "a differentiable reward (`steer rewards` says which), or a method that needs none."
     )
 
 

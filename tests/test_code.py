@@ -195,7 +195,7 @@ def test_the_walk_starts_from_the_noised_reference(mode: str) -> None:
 
 def test_a_weaker_strength_stays_closer_to_the_reference() -> None:
     reference, gaps = torch.tensor([1.0, 1.0]), []
-    for strength in (0.1, 0.5, 1.0):
+    for strength in (0.1, 0.5, 0.9):
         rule = {"n_particles": 64, "n_branches": 2, "block": 3, "reward_scale": 1.0}
         method = CoDe(reference=reference, strength=strength, **rule)
         result = steer(plane(steps=10), BOWL, method)
@@ -203,6 +203,14 @@ def test_a_weaker_strength_stays_closer_to_the_reference() -> None:
         assert len(result.samples.unique(dim=0)) == 64
     assert gaps == sorted(gaps)
     assert gaps[0] < 0.3 < gaps[2]
+
+
+def test_a_reference_of_which_nothing_is_left_is_refused() -> None:
+    """A flow starts from pure noise: at full strength the reference would change nothing."""
+    model = plane(steps=10)
+    with pytest.raises(OptionError, match="nothing of the reference in it"):
+        steer(model, BOWL, CoDe(reference=torch.ones(2), select="softmax"))
+    assert model.rows == 0
 
 
 def test_a_reference_is_checked_before_the_first_call() -> None:

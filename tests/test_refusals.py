@@ -130,7 +130,7 @@ def test_a_greedy_search_with_nothing_to_choose(name: str) -> None:
         "select": "argmax"
     }  # fmt: skip
     message = refused(name, options, OptionError, steps=1)
-    assert "take more steps, or use best_of_n" in message
+    assert "Take more steps, or use best_of_n" in message
     assert "Lower start" in refused(name, {**options, "start": 1.0}, OptionError)
 
 

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 import steering
+from steering.analytic import GaussianMixture
 from steering.errors import BudgetError, OptionError
+from steering.grids import on_path, shifted
 from steering.ledger import Budget
 from steering.method import Method, Plan, default_costs
+from steering.paths import Linear
 from steering.samplers import (
     CARINOX,
     DNO,
@@ -24,6 +27,7 @@ from steering.samplers import (
     Auto,
     BestOfN,
     CoDe,
+    DTSStar,
     Evo,
     ParallelTempering,
     ParticleGibbs,
@@ -92,10 +96,58 @@ def test_reward_calls_have_options_of_their_own():
     assert "lower checkpoints or the number of steps" in said
     said = message(BestOfN(n=9), BudgetError, budget=Budget(reward_calls=2))
     assert "needs reward_calls=9" in said
-    assert "lower n or the number of steps" in said
+    assert said.endswith("Raise the budget, or lower n.")  # steps change nothing
+
+
+def test_steps_are_not_named_where_fewer_change_nothing():
+    one = Budget(reward_calls=1)
+    said = message(ZeroOrder(), BudgetError, steps=1, budget=one)
+    assert said.endswith("Raise it to that.")
+    assert message(ZeroOrder(rounds=3), BudgetError, budget=one).endswith("or lower rounds.")
+    assert message(ParallelTempering(n_particles=3), BudgetError, budget=one).endswith(
+        "or lower n_particles."
+    )
+
+
+@pytest.mark.parametrize(
+    "method", [ZeroOrder(rounds=3), DTS(trajectories=2), DTSStar(trajectories=3)]
+)
+def test_the_budget_that_is_named_at_first_is_enough(method):
+    (need,) = re.findall(r"needs (?:nfe=)?(\d+)", message(method, BudgetError, nfe=1))
+    message(method, BudgetError, nfe=int(need) - 1)
+    steering.steer(world(steps=6), reward=near, method=method, nfe=int(need))
+
+
+def test_a_single_particle_has_no_sweep_to_burn():
+    said = message(ParticleGibbs(n_particles=1, burn_in=1), OptionError)
+    assert "one particle makes one sweep" in said
+    assert "budget" not in said
+    said = message(ParticleGibbs(burn_in=1), OptionError, nfe=8)
+    assert "Raise the budget" in said
 
 
 # --- levels -----------------------------------------------------------------------------------
+
+
+def test_an_earlier_start_is_named_only_where_it_helps():
+    said = message(SVDD(select="argmax", start=1.0), OptionError)
+    assert "Lower start" in said
+    said = message(SVDD(select="argmax"), OptionError, steps=1)
+    assert "Take more steps" in said
+    assert "start, " not in said
+
+
+@pytest.mark.parametrize("cls", [FK, ParticleGibbs, DTS])
+def test_the_smallest_share_that_is_named_can_be_used(cls):
+    def run(share):
+        grid = on_path(Linear(), shifted(3))
+        model = GaussianMixture([1.0], [[0.5]], [0.5], grid=grid, prompts=("a",))
+        steering.steer(model, reward=near, method=cls(noise_levels=(share,)), nfe=12)
+
+    with pytest.raises(OptionError, match="smallest usable share") as caught:
+        run(0.1)
+    (share,) = re.findall(r"share here is ([\d.]+)[.]", str(caught.value))
+    run(float(share))
 
 
 @pytest.mark.parametrize(
