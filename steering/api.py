@@ -98,8 +98,8 @@ def steer(
             deduplicate=deduplicate,
             careful=max_batch is None,
         )
-        engine.run(tasks)
         finish = Finisher(model, tasks, verifiers, engine, folder if many else None)
+        engine.run(tasks)
         results = finish.all()
         if many:
             return _several(results, tasks)

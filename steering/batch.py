@@ -156,6 +156,18 @@ class Batch:
             total[k] += self.tasks[k].cost(self._levels[i])
         return total
 
+    def note(self, rows: Tensor, answer: Any) -> None:
+        """Tells tasks what some rows are worth before the rest of a call can fail."""
+        if not isinstance(answer, Prediction | Scores):
+            return
+        for k, mine in self.by_owner(rows).items():
+            best, at = self.tasks[k].best, (self.owner[rows] == k).nonzero().flatten()
+            if isinstance(answer, Prediction):
+                best.guess = answer.rows(at).mode.detach()
+            else:
+                value = answer.value.detach()[at.to(answer.value.device)]
+                best.scored(self.requests[k], mine - sum(self.counts[:k]), value)
+
     def split(self, parts: list[tuple[Tensor, Any]], errors: dict[int, Exception]) -> list[Any]:
         """Answers in request order, from (rows, answer) pairs; errors stand in for answers."""
         answers: list[Any] = [errors.get(k) for k in range(len(self.tasks))]

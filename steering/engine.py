@@ -85,6 +85,7 @@ class Engine:
         self.care = Care(model.device, self.limits) if careful else None
         self.graphs = Graphs(self.limits)
         self._tasks: list[Task] = []
+        self._running: set[Task] = set()
         self._done: deque[Task] = deque()
 
     def run(self, tasks: Sequence[Task]) -> None:
@@ -95,6 +96,7 @@ class Engine:
     def stream(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """Runs tasks and gives each as soon as it has ended; an interrupt ends the stream."""
         self._tasks, waiting = list(tasks), list(reversed(tasks))
+        self._running = set(tasks)
         pending: dict[Task, Request] = {}
         try:
             while waiting or pending:
@@ -252,6 +254,8 @@ class Engine:
         todo, parts = [batch.order], []
         errors: dict[int, Exception] = {}
         while todo:
+            if parts:
+                self._look_up(batch, errors)
             rows = batch.without(todo.pop(), errors)
             size = 1 if look else self._size(batch)
             if len(rows) > size:
@@ -263,7 +267,9 @@ class Engine:
             look = False
             try:
                 with watch:
-                    parts.append((rows, self._evaluate(batch, rows)))
+                    answer = self._evaluate(batch, rows)
+                parts.append((rows, answer))
+                batch.note(rows, answer)
             except Exception as error:
                 owners = batch.by_owner(rows)
                 if self._halved(batch, len(rows), error):
@@ -273,6 +279,19 @@ class Engine:
                 else:
                     errors[next(iter(owners))] = error
         return batch.split(parts, errors)
+
+    def _look_up(self, batch: Batch, errors: dict[int, Exception]) -> None:
+        """Between the chunks of a call: a stop ends it, and whose seconds are spent leave it."""
+        if not self._running.issuperset(batch.tasks):
+            return  # verdicts on what a run has delivered
+        if self.cancelled():
+            raise KeyboardInterrupt
+        for k, (task, request) in enumerate(zip(batch.tasks, batch.requests, strict=True)):
+            if k not in errors and not getattr(request, "overtime", False):
+                try:
+                    task.ledger.check(task.budget)
+                except TimeUp as error:
+                    errors[k] = error
 
     def _halved(self, batch: Batch, rows: int, error: Exception) -> bool:
         """Whether a call that failed is worth another attempt with fewer rows."""

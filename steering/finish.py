@@ -42,6 +42,8 @@ class Finisher:
     ) -> None:
         self.model, self.tasks, self.verifiers = model, tasks, verifiers
         self.engine, self.folder = engine, folder
+        if tasks:
+            self._recipe(tasks[0])  # what cannot be written down fails before anything is spent
 
     def all(self) -> list[Result | None]:
         """One Result per task, in order; None where there is nothing to show."""

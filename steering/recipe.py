@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
@@ -121,18 +122,29 @@ def _versions() -> dict[str, str]:
 
 def describe_value(value: Any) -> Any:  # noqa: ANN401
     """A call argument as JSON, or a note that it cannot be stored."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0:
+        value = value.item()  # a number in numpy's or torch's dress
     try:
         json.dumps(value)
     except (TypeError, ValueError):
-        shape = getattr(value, "shape", None) or getattr(value, "size", None)
-        return {"$unavailable": f"{type(value).__name__} {tuple(shape) if shape else ''}".strip()}
+        shape = getattr(value, "shape", getattr(value, "size", None))
+        sized = f" {tuple(shape)}" if isinstance(shape, tuple) else ""
+        return {"$unavailable": f"{type(value).__name__}{sized}"}
     return value
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a network: names, shapes and a sample of every parameter."""
+def fingerprint(module: torch.nn.Module) -> str | None:
+    """A short hash of a network: names, shapes and a sample of every parameter.
+
+    None where parameters are elsewhere (offloaded: tensors without values).
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, p in module.state_dict().items():
+        if not isinstance(p, torch.Tensor):  # what a quantised layer packs, or a module's extra
+            digest.update(name.encode())
+            continue
+        if p.is_meta:
+            return None
         flat = p.detach().flatten()
         some = flat[:: max(1, len(flat) // 16)][:16].float().cpu()
         digest.update(f"{name}{tuple(p.shape)}".encode())

@@ -141,7 +141,8 @@ def _pipe(recipe: Recipe, pipe: Any) -> Any:  # noqa: ANN401
         pipe = load(source, dtype=recipe.model["dtype"], device=recipe.model["device"])
         pipe = with_scheduler(pipe, recipe.model.get("scheduler"))
     found = describe(pipe)
-    if found["fingerprint"] != recipe.model.get("fingerprint"):
+    prints = (found["fingerprint"], recipe.model.get("fingerprint"))
+    if None not in prints and prints[0] != prints[1]:
         raise RecipeError(
             f"The weights of this {found['class']} are not those of the recipe (fingerprint "
             f"{found['fingerprint']}, recipe {recipe.model.get('fingerprint')}), so the picture "

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steering.ledger import Budget, Ledger
@@ -38,14 +39,16 @@ class Best:
         if isinstance(answer, Prediction):
             self.guess = answer.mode.detach()
         elif isinstance(answer, Scores) and isinstance(request, Score):
-            self._scored(request, answer.value.detach())
+            self.scored(request, torch.arange(len(answer.value)), answer.value.detach())
 
     def seen(self, request: Score) -> None:
         """Keeps pictures that are about to be scored, in case the reward fails."""
         if self.image is None:
             self._keep(request, 0)
+            self.final = request.final
 
-    def _scored(self, request: Score, value: Tensor) -> None:
+    def scored(self, request: Score, rows: Tensor, value: Tensor) -> None:
+        """Learns what some of a request's pictures are worth: values [n] of these rows."""
         k = int(value.argmax())
         top = float(value[k])
         if request.final == self.final:
@@ -53,7 +56,7 @@ class Best:
         else:
             better = request.final
         if better:
-            self._keep(request, k)
+            self._keep(request, int(rows[k]))
             self.reward, self.final = top, request.final
 
     def _keep(self, request: Score, k: int) -> None:

@@ -144,3 +144,85 @@ def test_a_method_may_catch_the_end_of_its_budget() -> None:
     result = steer(Watched(), LINE, Anytime(n=1), nfe=7)
     assert result.log_weights.tolist() == [7.0]
     assert result.ledger.nfe == 7
+
+
+# Within a call that is cut into chunks
+
+
+def stopping(error: type[BaseException], chunk: int):
+    """A reward that fails at its k-th chunk, and the values it gave before."""
+    given: list[float] = []
+
+    def reward(images: torch.Tensor) -> torch.Tensor:
+        if len(given) >= 2 * (chunk - 1):
+            raise error("stop")
+        given.extend(images[:, 0].tolist())
+        return images[:, 0]
+
+    return reward, given
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_rewards_known_before_a_call_failed_decide_the_best(error) -> None:
+    reward, given = stopping(error, chunk=4)
+    if error is KeyboardInterrupt:
+        result = steer(Watched(), reward, BestOfN(n=12), max_batch=2)
+    else:
+        with pytest.raises(SteeringError) as caught:
+            steer(Watched(), reward, BestOfN(n=12), max_batch=2)
+        result = caught.value.result
+    assert len(given) == 6
+    assert given.index(max(given)) not in (0, 5)  # neither the first nor the last is the answer
+    assert not result.preview
+    assert result.best_reward == pytest.approx(max(given))
+    assert float(result.samples[0]) == pytest.approx(max(given))
+    assert result.ledger.reward_calls == 6
+
+
+def test_rewards_of_every_prompt_of_a_call_are_kept() -> None:
+    reward, given = stopping(KeyboardInterrupt, chunk=5)
+    model = Watched(("p", "q", "r"))
+    results = steer(model, reward, BestOfN(n=4), max_batch=2, seed=[0, 1, 2])
+    found = [r.best_reward for r in results[:2]]
+    assert found == pytest.approx([max(given[:4]), max(given[4:])])
+    assert all(r.ledger.reward_calls == 4 for r in results[:2])
+
+
+def test_a_finished_picture_that_could_not_be_scored_is_no_preview() -> None:
+    reward, _ = stopping(ValueError, chunk=1)
+    with pytest.raises(SteeringError) as caught:
+        steer(Watched(), reward, BestOfN(n=2))
+    assert not caught.value.result.preview
+
+
+def test_a_stop_is_noticed_between_the_chunks_of_a_call() -> None:
+    model = Watched()
+    result = steer(
+        model, LINE, BestOfN(n=64), max_batch=2, cancelled=lambda: len(model.calls) >= 5
+    )
+    assert result.cancelled
+    assert len(model.calls) == 5
+
+
+def test_seconds_are_looked_at_between_the_chunks_of_a_call() -> None:
+    class Slow(Watched):
+        def predict(self, x, t, **more):
+            time.sleep(0.05)
+            return super().predict(x, t, **more)
+
+    model = Slow()
+    result = steer(model, LINE, BestOfN(n=64), max_batch=2, budget=Budget(seconds=0.2))
+    assert result.cancelled
+    assert 4 <= len(model.calls) <= 5
+
+
+def test_verdicts_on_what_was_found_outlive_the_stop() -> None:
+    """More pictures than one call takes are judged though the run was stopped."""
+    model = Watched(("p",) * 6)
+    stop = lambda: len(model.decoded) > 2  # noqa: E731
+    held = lambda images: -images[:, 0]  # noqa: E731
+    results = steer(model, LINE, BestOfN(n=1), max_batch=2, cancelled=stop, heldout=held)
+    done = [r for r in results if r is not None]
+    assert len(done) > 2
+    assert all(len(v) == 1 for r in done for v in r.heldout.values())
+    assert all(r.heldout for r in done)
