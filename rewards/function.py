@@ -48,6 +48,11 @@ class FunctionReward(Arithmetic):
     ) -> None:
         if images not in ("tensor", "pil"):
             raise OptionError(f"FunctionReward(images={images!r}): give 'tensor' or 'pil'.")
+        if inspect.iscoroutinefunction(fn):
+            raise OptionError(
+                f"The reward {fn!r} is an async function. Pass a plain one, such as "
+                "lambda images, prompts: asyncio.run(fn(images, prompts))."
+            )
         self.fn, self.images, self.spec = fn, images, spec
         self.name = name or getattr(fn, "__name__", type(fn).__name__)
         if differentiable is None:

@@ -9,8 +9,10 @@ from dataclasses import asdict
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from steering.engine import Engine, Listener
-from steering.errors import OptionError, SteeringError, TaskErrors
+from steering.errors import OptionError, PipelineError, SteeringError, TaskErrors
 from steering.finish import Finisher
 from steering.gradients import no_gradient
 from steering.ledger import Budget
@@ -22,6 +24,8 @@ from steering.scoring import Reward, parts_of, resolve_reward
 from steering.task import Task
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def steer(
     pipe: object,
     prompt: str | Sequence[str] | None = None,
@@ -226,6 +230,11 @@ def _check_gradient(model: Model, method: Method, reward: Reward) -> None:
     # A method may estimate the reward's slope and differentiate the network alone.
     if getattr(method, "differentiates_reward", True) and not reward.differentiable:
         raise no_gradient(method.name, reward.name)
+    if getattr(getattr(model, "pipe", None), "safety_checker", None) is not None:
+        raise PipelineError(
+            f"Method {method.name!r} needs gradients, and none pass the safety checker of "
+            f"{model.name!r}. Set pipe.safety_checker = None, or use a method that needs none."
+        )
     if not model.dtype.is_floating_point:
         raise OptionError(
             f"Method {method.name!r} needs gradients, and the states of {model.name!r} are "

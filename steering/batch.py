@@ -156,7 +156,7 @@ class Batch:
             total[k] += self.tasks[k].cost(self._levels[i])
         return total
 
-    def note(self, rows: Tensor, answer: Any) -> None:
+    def note(self, rows: Tensor, answer: object) -> None:
         """Tells tasks what some rows are worth before the rest of a call can fail."""
         if not isinstance(answer, Prediction | Scores):
             return

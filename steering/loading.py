@@ -106,6 +106,8 @@ def _open(
     device: str | None,
 ) -> Any:  # noqa: ANN401
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError(f"device={device!r}: torch finds no CUDA device here. Use 'cpu'.")
     wanted = as_dtype(dtype, device)
     if str(source) in SHIPPED:
         from steering.stickers.load import load_pipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,8 @@ def _pipe(recipe: Recipe, pipe: Any) -> Any:  # noqa: ANN401
                 f"The recipe's {recipe.model.get('class')} was built in memory. Pass it as pipe=."
             )
         pipe = load(source, dtype=recipe.model["dtype"], device=recipe.model["device"])
-        pipe = with_scheduler(pipe, recipe.model.get("scheduler"))
+    # A copy: the caller's pipeline keeps its scheduler.
+    pipe = with_scheduler(copy.copy(pipe), recipe.model.get("scheduler"))
     found = describe(pipe)
     prints = (found["fingerprint"], recipe.model.get("fingerprint"))
     if None not in prints and prints[0] != prints[1]:

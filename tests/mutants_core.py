@@ -12,6 +12,37 @@ BATCH = "tests/test_engine.py::test_different_times_share_a_batch_and_each_task_
 
 MUTANTS = (
     Mutant(
+        "what part of a call said is lost with the rest",
+        "steering/engine.py",
+        "                batch.note(rows, answer)\n",
+        "",
+        (
+            "tests/test_engine_stopping.py::test_rewards_known_before_a_call_failed_decide_the_best",
+            "tests/test_engine_stopping.py::test_rewards_of_every_prompt_of_a_call_are_kept",
+        ),
+    ),
+    Mutant(
+        "a stop is not looked for between chunks",
+        "steering/engine.py",
+        "                self._look_up(batch, errors)\n",
+        "                pass\n",
+        ("tests/test_engine_stopping.py::test_a_stop_is_noticed_between_the_chunks_of_a_call",),
+    ),
+    Mutant(
+        "decoding leaves out the safety checker",
+        "steering/pipelines/wrap.py",
+        "if vae is None or checked or key in self._shortcuts:",
+        "if vae is None or key in self._shortcuts:",
+        ("tests/test_everyday_calls.py::test_every_picture_passes_the_safety_checker",),
+    ),
+    Mutant(
+        "pictures of several prompts go to each",
+        "steering/pipelines/prompts.py",
+        "elif name in _PICTURES and self._own_pictures and _one_each(value, count):",
+        "elif False:",
+        ("tests/test_everyday_calls.py::test_a_picture_for_each_prompt",),
+    ),
+    Mutant(
         "weights dropped when ESS is high",
         "samplers/fk.py",
         "        yield Progress(step=i, of=len(ctx.grid), info=info)\n",

@@ -265,6 +265,11 @@ class Frame:
                 return self._real_prepare(*bound.args, **bound.kwargs)
 
     def _check_width(self, got: int) -> None:
+        if got == 0:
+            raise PipelineError(
+                f"{self.script.name} prepared no latents: strength times num_inference_steps "
+                "leaves no step. Raise either."
+            )
         if got != self.width:
             raise PipelineError(
                 f"{self.script.name} prepared {got} latents for {self.width} prompts: it does not "

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,18 +15,26 @@ from torch import Tensor
 
 from steering.errors import OptionError, unknown_name
 
+_WIDTH = (
+    "the number of samples belongs to the method and its budget: options={'n': ...} of best_of_n, "
+    "{'n_particles': ...} of others"
+)
 _INSTEAD = {
     "generator": "noise comes from named streams: give steer() a seed, or noise() a NoiseKey",
-    "latents": "give the starting state to predict() directly",
+    "latents": "the starting noise comes from the seed; predict() takes states of your own",
     "output_type": "decode() returns tensors in [0, 1]",
     "return_dict": "predict() and decode() return tensors",
-    "num_images_per_prompt": "the batch size belongs to the method: noise(n, key) makes n states",
-    "num_videos_per_prompt": "the batch size belongs to the method: noise(n, key) makes n states",
+    "num_images_per_prompt": _WIDTH,
+    "num_videos_per_prompt": _WIDTH,
+    "eta": "how much noise a step adds is an option of the method: options={'eta': ...}",
     "callback": "a method sees every step itself",
     "callback_steps": "a method sees every step itself",
     "callback_on_step_end": "a method sees every step itself",
     "callback_on_step_end_tensor_inputs": "a method sees every step itself",
 }
+_PICTURES = ("image", "mask_image", "control_image")
+_EACH_ITS_OWN = re.compile("Img2Img|Inpaint|ControlNet")
+"""Classes where a list of pictures is one for each prompt, not several for all of them."""
 _EMBEDS = ("prompt_embeds", "prompt_attention_mask", "prompt_embeds_mask")
 
 
@@ -44,12 +53,20 @@ class Arguments:
         owner = type(pipe).__name__
         for name in call_kwargs:
             if name in _INSTEAD:
-                raise OptionError(f"`{name}` cannot be given to wrap(): {_INSTEAD[name]}.")
+                raise OptionError(f"`{name}` cannot be given: {_INSTEAD[name]}.")
             if name not in self.known or name == "self":
                 raise unknown_name(f"argument of {owner}", name, set(self.known) - {"self"})
         self.shared: dict[str, Any] = {}
         self.per_prompt: dict[str, Any] = {}
+        several = type(getattr(pipe, "controlnet", None)).__name__.startswith("Multi")
+        self._own_pictures = bool(_EACH_ITS_OWN.search(owner)) and not several
+        self._check_steps(call_kwargs.get("num_inference_steps"))
         self._split(call_kwargs)
+
+    @staticmethod
+    def _check_steps(steps: object) -> None:
+        if isinstance(steps, int) and steps < 1:
+            raise OptionError(f"`num_inference_steps` must be at least 1, got {steps}.")
 
     def _split(self, call_kwargs: Mapping[str, Any]) -> None:
         prompt = call_kwargs.get("prompt")
@@ -65,6 +82,8 @@ class Arguments:
         for name, value in call_kwargs.items():
             if name.endswith(_EMBEDS) and isinstance(value, Tensor):
                 self._row_values(name, list(value.split(1)), count)
+            elif name in _PICTURES and self._own_pictures and _one_each(value, count):
+                self._row_values(name, [_as_row(picture) for picture in value], count)
             elif name.startswith(("prompt", "negative_prompt")) and isinstance(value, str):
                 self.per_prompt[name] = [value] * count
             elif name.startswith(("prompt", "negative_prompt")) and _strings(value):
@@ -94,7 +113,7 @@ class Arguments:
         Raises:
             OptionError: the prompts were given as embeddings, or in words for each text encoder.
         """
-        given = [k for k in self.per_prompt if not k.startswith("negative_")]
+        given = [k for k in self.per_prompt if k.startswith("prompt")]
         if given != ["prompt"]:
             raise OptionError(
                 "Another text can stand in for `prompt` alone; this call was given "
@@ -131,6 +150,18 @@ class Arguments:
         decided = {"output_type": output_type, "generator": generator, "return_dict": False}
         out.update({k: v for k, v in decided.items() if k in self.known})
         return out
+
+
+def _one_each(pictures: object, count: int) -> bool:
+    """Whether these are pictures of several prompts, one for each."""
+    if isinstance(pictures, Tensor):
+        return count > 1 and pictures.ndim == 4 and len(pictures) == count
+    listed = isinstance(pictures, (list, tuple)) and len(pictures) == count > 1
+    return listed and not any(isinstance(p, (list, tuple)) for p in pictures)
+
+
+def _as_row(picture: Any) -> Any:
+    return picture[None] if isinstance(picture, Tensor) and picture.ndim == 3 else picture
 
 
 def _strings(value: object) -> bool:

@@ -42,7 +42,8 @@ def wrap(
     """Turns a diffusers pipeline into a model that can be asked.
 
     Args:
-        pipe: the pipeline; it is not changed, and can be used beside.
+        pipe: the pipeline; it is not changed, and can be used between runs, though not in another
+            thread during one.
         mixed_times: whether rows at different times may share a batch; "auto" finds out.
         max_batch: most rows of one frame (guidance may double them inside).
         name: for reports, and for rewards that have weights of their own for a model; by default
@@ -331,7 +332,8 @@ class WrappedPipeline:
         short = self._shortcuts.get(key)
         if short is not None and short.vae is vae:
             return short(x).float()
-        if vae is None or key in self._shortcuts:
+        checked = getattr(self.pipe, "safety_checker", None) is not None  # by the frame only
+        if vae is None or checked or key in self._shortcuts:
             return self._decode(x, grad, small)
         listener = Listener(vae)
         images = self._decode(x, grad, listener)
