@@ -16,6 +16,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class Engine:
         deduplicate: bool = True,
         careful: bool = False,
     ) -> None:
-        if max_batch < 1:
-            raise OptionError(f"max_batch must be at least 1, got {max_batch}.")
+        if not isinstance(max_batch, Integral) or max_batch < 1:
+            raise OptionError(f"max_batch must be at least 1, a whole number, got {max_batch!r}.")
         self.model = model
         self.listener = listener
         self.cancelled = cancelled or (lambda: False)

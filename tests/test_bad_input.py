@@ -79,6 +79,8 @@ BAD = {
     "budget is a number": ({"budget": 50}, "budget must be a steering.Budget, got 50"),
     "out is a number": ({"out": 5}, "out must be the path of a folder, got 5"),
     "max_batch": ({"max_batch": 0}, "max_batch must be at least 1"),
+    "part of a row": ({"max_batch": 2.5}, "max_batch must be at least 1, a whole number, got 2.5"),
+    "max_batch is text": ({"max_batch": "3"}, "a whole number, got '3'"),
 }
 
 
