@@ -154,3 +154,26 @@ def test_dictionaries_are_not_shared_between_calls():
     arguments = Arguments(pipe, kwargs)
     arguments.for_rows([0], output_type="pt", generator=None)["prompt_template"]["template"] = "x"
     assert kwargs["prompt_template"]["template"] == "{}"
+
+
+@pytest.mark.parametrize(
+    ("owner", "net", "each"),
+    [
+        ("StableDiffusionControlNetPipeline", "ControlNetModel", True),
+        ("StableDiffusionControlNetPipeline", "MultiControlNetModel", False),
+        ("FluxControlNetPipeline", "FluxMultiControlNetModel", False),
+        ("StableDiffusionXLControlNetUnionPipeline", "ControlNetUnionModel", False),
+        ("FluxInpaintPipeline", "NoneType", True),
+        ("QwenImageEditPlusPipeline", "NoneType", False),
+    ],
+)
+def test_whose_pictures_a_list_of_them_holds(owner: str, net: str, each: bool):
+    def call(self, prompt=None, image=None): ...
+
+    pipe = type(owner, (), {"__call__": call})()
+    pipe.controlnet = type(net, (), {})()
+    found = Arguments(pipe, {"prompt": ["a", "b"], "image": ["one", "two"]})
+    assert ("image" in found.per_prompt) == each
+    assert found.for_rows([1, 0], output_type="pt", generator=None)["image"] == (
+        ["two", "one"] if each else ["one", "two"]
+    )

@@ -58,7 +58,8 @@ class Arguments:
                 raise unknown_name(f"argument of {owner}", name, set(self.known) - {"self"})
         self.shared: dict[str, Any] = {}
         self.per_prompt: dict[str, Any] = {}
-        several = type(getattr(pipe, "controlnet", None)).__name__.startswith("Multi")
+        nets = type(getattr(pipe, "controlnet", None)).__name__
+        several = "Multi" in nets or "Union" in nets  # there a list has a picture for each net
         self._own_pictures = bool(_EACH_ITS_OWN.search(owner)) and not several
         self._check_steps(call_kwargs.get("num_inference_steps"))
         self._split(call_kwargs)
