@@ -59,7 +59,12 @@ class Job:
         options = {k: v for k, v in values.items() if k in known}
         call = {k: v for k, v in values.items() if k not in all_known}
         if n_particles is not None:
-            size = "n_particles" if "n_particles" in known else "n"
+            size = next((name for name in ("n_particles", "n") if name in known), None)
+            if size is None:
+                raise OptionError(
+                    f"--n-particles: {method} has no population. Its options, for --set: "
+                    f"{', '.join(sorted(known))}."
+                )
             options[size] = n_particles
         return options, call
 

@@ -219,6 +219,7 @@ def test_a_plan_says_what_a_run_would_spend_and_how_wide_its_calls_may_be(capsys
         (["generate", PROMPT, "--set", "oops"], "key=value"),
         (["generate", PROMPT, "--nfe", "10"], "needs 40"),
         (["generate", PROMPT, "--n-particles", "50", "--nfe", "100"], "needs nfe=2000"),
+        (["generate", PROMPT, "--method", "zero_order", "--n-particles", "3"], "no population"),
         (["generate", PROMPT, "--set", "eta=0", "--nfe", "80"], "eta"),
         (["generate", PROMPT, "--heldout", "clip", "--nfe", "80"], "guiding reward itself"),
         (["generate", PROMPT, "--model", "no/such-model"], "could not be opened"),
