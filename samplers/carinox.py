@@ -100,6 +100,7 @@ class CARINOX(NoiseOptimisation):
         for j, (weight, value) in enumerate(components):
             more = j + 1 < len(components)
             slopes = yield Gradient(self._scale * value, free, retain=more)
+            self._warn_of_nan(slopes)
             like = [s.to(z) for s, z in zip(slopes, free, strict=True)]
             mine = clipped(like, self.component_clip)
             total = [a + _per_row(weight, b) * b for a, b in zip(total, mine, strict=True)]

@@ -11,6 +11,7 @@ restarts and prompts share calls; clipping, optimiser and regulariser act row by
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -238,11 +239,22 @@ class NoiseOptimisation(Sampler):
             slopes = yield from self._slopes(scores, tuple(leaves[self._free(ctx) :]))
         return Iterate(x0.detach(), images.detach(), as_float64(scores.value), slopes)
 
+    def _warn_of_nan(self, slopes: tuple[Tensor, ...]) -> None:
+        bad = sum(~torch.isfinite(s.flatten(1)).all(1) for s in slopes)
+        if bool(torch.as_tensor(bad).any()):
+            warnings.warn(
+                f"{self.name}: the gradient of the reward has NaN or inf, which moves no noise. "
+                "Look for a square root, logarithm or division at 0 in it.",
+                stacklevel=2,
+            )
+
     def _slopes(
         self, scores: Scores, free: tuple[Tensor, ...]
     ) -> Generator[Request, Any, tuple[Tensor, ...]]:
         """Directions in which rewards grow, like ``free``."""
-        return (yield Gradient(scores.value * self._scale, free))
+        slopes = yield Gradient(scores.value * self._scale, free)
+        self._warn_of_nan(slopes)
+        return slopes
 
     def _score(
         self, ctx: Context, noise: list[Tensor], grad: bool

@@ -437,3 +437,12 @@ def test_the_hybrid_estimate_leaves_what_the_reward_refuses():
         )  # fmt: skip
         result = steering.steer(bump(), reward=walled, method=method, seed=seed)
         assert result.best_reward > wall + 0.5
+
+
+@pytest.mark.parametrize("cls", [ReNO, DNO, CARINOX])
+def test_a_reward_without_a_slope_is_a_warning(cls):
+    """sqrt at 0: its value is right, its derivative is not; nothing moves, and that is said."""
+    reward = as_reward(lambda images: (images * 0.0).sqrt().sum(1) + images[:, 0])
+    with pytest.warns(UserWarning, match=f"{cls.name}: the gradient .* NaN or inf"):
+        found = steering.steer(two(), reward=reward, method=cls(n_iterations=3))
+    assert torch.isfinite(found.rewards).all()
