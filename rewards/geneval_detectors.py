@@ -284,11 +284,10 @@ def open_detector(spec: str, *, device: str | None = None, rules: Rules | None =
         return Stickers(load_detector().to(device))  # type: ignore[arg-type]
     if kind == "detr" and not source:
         raise OptionError("The detector 'detr' needs weights: write detr=FOLDER or detr=HUB_ID.")
-    source = source or MASK2FORMER
+    source, chosen = source or MASK2FORMER, rules or PUBLISHED
     with checkpoints.building():
         model, processor = _read(kind, source)
     model = model.to(device).requires_grad_(False)
-    chosen = rules or PUBLISHED
     if kind == "mask2former":
         return Mask2Former(model, source=source, rules=chosen)
     return Detr(model, processor, source=source, rules=chosen)

@@ -94,7 +94,7 @@ def global_draws(text: str) -> list[str]:
         bad = (
             (owner == "torch" and name in GLOBAL_TORCH)
             or (name in IN_PLACE)
-            or (owner == "torch.random")
+            or (owner == "torch.random" and name != "fork_rng")
             or (owner in ("np.random", "numpy.random") and name not in NUMPY_OK)
             or (owner == "random" and name != "Random")
         )
