@@ -136,7 +136,7 @@ def test_prompt_embeddings_instead_of_prompts():
         ({"generator": None}, "seed"),
         ({"latents": None}, "predict"),
         ({"output_type": "pil"}, "decode"),
-        ({"num_images_per_prompt": 4}, "noise"),
+        ({"num_images_per_prompt": 4}, "number of samples belongs to the method"),
         ({"callback_on_step_end": print}, "every step"),
         ({"guidance_scales": 3.0}, "guidance_scale"),
         ({"prompt": []}, "empty"),

@@ -51,7 +51,8 @@ def test_same_latents_and_pixels_as_the_pipeline(name):
     same_shape = name != "flux2_klein"  # it returns its latents in another shape
     assert report.latents == ({1: 0.0, 2: 0.0} if same_shape else {1: None, 2: None})
     assert report.pixels == 0.0
-    assert report.decode_order == 0.0
+    # Some CPUs' 3-d convolutions (AVX2) round by a row's place: two units in the last place of 1.
+    assert report.decode_order <= 2.0**-22
     assert report.noise_equal
     assert (report.family, report.prediction) == FAMILY.get(name, ("flow", "flow"))
     assert report.ok, report.table()
