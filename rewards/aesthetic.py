@@ -117,6 +117,7 @@ class Scorer:
 
 
 @lru_cache(maxsize=8)
+@checkpoints.building()
 def _scorer(encoder: Encoder, path: Path) -> Scorer:
     weight, bias = collapse(read_state(path, "aesthetic"), str(path))
     return Scorer(encoder, weight, bias)
@@ -168,6 +169,7 @@ def _layers(state: dict[str, Tensor], where: str) -> list[tuple[int, Tensor, Ten
 
 
 @lru_cache(maxsize=2)
+@checkpoints.building()
 def siglip(source: str, precision: str, device: str) -> Encoder:
     """The SigLIP image tower behind v2.5 (pooled output; both sides scaled to 384)."""
     from transformers import SiglipVisionModel

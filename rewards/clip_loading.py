@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from steering.errors import OptionError, WeightsError, unknown_name
+from steering.rewards.checkpoints import building
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULT_TAG = "openai"
@@ -37,6 +38,7 @@ class Loaded:
 
 
 @lru_cache(maxsize=4)
+@building()
 def load(model: str, pretrained: str, precision: str, device: str) -> Loaded:
     """The model in evaluation mode; the last four stay loaded (``load.cache_clear()`` frees them).
 

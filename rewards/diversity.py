@@ -143,6 +143,7 @@ class _Crop:
 
 
 @lru_cache(maxsize=2)
+@checkpoints.building()
 def dino(source: str, precision: str, device: str, reward: str) -> Encoder:
     """A DINO image tower: the normalised CLS token, at 224 pixels."""
     from transformers import AutoModel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.errors import OptionError, unknown_name
 from steering.rewards.base import register
-from steering.rewards.checkpoints import dtype_of
+from steering.rewards.checkpoints import building, dtype_of
 from steering.rewards.clip import Encoder
 from steering.rewards.clip_loading import Loaded
 from steering.rewards.images import need_text
@@ -91,6 +91,7 @@ def author_pixels(images: Tensor, size: int = 224, *, antialias: bool = True) ->
 
 
 @lru_cache(maxsize=2)
+@building()
 def _hps(source: str, version: str, architecture: str, precision: str, device: str) -> Encoder:
     import open_clip
 

@@ -141,6 +141,7 @@ class Towers(torch.nn.Module):
 
 
 @lru_cache(maxsize=2)
+@checkpoints.building()
 def _blip(source: str, tokenizer: str, precision: str, device: str) -> Blip:
     from transformers import AutoTokenizer
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steering.errors import OptionError, WeightsError
 from steering.rewards.base import Reward
-from steering.rewards.checkpoints import building, dtype_of, read_weights
+from steering.rewards.checkpoints import dtype_of, read_weights
 from steering.rewards.images import device_name
 from steering.rewards.memory import in_batches
 from steering.scoring import Scores
@@ -34,7 +34,8 @@ class Net(Protocol):
 class Networked(Reward):
     """Base of rewards with a network: micro-batches, device, precision, offload.
 
-    A subclass writes ``_load(where)``, which returns its `Net` from a cache, and ``_values``.
+    A subclass writes ``_load(where)``, which returns its `Net` from a cache (made in
+    `checkpoints.building`), and ``_values``.
 
     Attributes:
         precision: "fp32", "bf16" or "fp16", for the network; values are float32.
@@ -80,7 +81,7 @@ class Networked(Reward):
         return torch.cat(parts).float().to(images.device)
 
     def _ready(self, device: torch.device | str) -> Any:  # noqa: ANN401
-        with building():
+        with torch.inference_mode(False):  # parameters kept for a backward pass later
             return self._load(device_name(self.device or device))
 
     def _load(self, where: str) -> Net:

@@ -53,6 +53,7 @@ class PickScore(Networked):
 
 
 @lru_cache(maxsize=2)
+@checkpoints.building()
 def clip_towers(source: str, tokenizer: str, precision: str, device: str, reward: str) -> Encoder:
     """Image and text towers of a transformers ``CLIPModel``; the last two stay loaded.
 

@@ -83,7 +83,7 @@ class Auto(Sampler):
             )
         if self.follow != "auto":
             refuse_idle(self, f"follow={self.follow!r}", "rank_threshold")
-        if not self._scales:
+        if not self.scales:
             refuse_idle(self, "follow='best_of_n'", "reward_scale")
         if self.follow != "best_of_n" and not self.kernel().stochastic:
             raise OptionError(
@@ -106,7 +106,7 @@ class Auto(Sampler):
 
     def fit(self, plan: Plan) -> Auto:
         fitted = self
-        if self._scales:
+        if self.scales:
             fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
 
@@ -126,11 +126,6 @@ class Auto(Sampler):
     @property
     def weighed(self) -> bool:
         return self.follow != "best_of_n"
-
-    @property
-    def _scales(self) -> bool:
-        """Whether reward_scale counts."""
-        return self.weighed or self.guide is not None
 
     def _middle(self, grid: Grid) -> int:
         """The step before which the pilot is scored."""

@@ -163,6 +163,11 @@ class Sampler:
         """Whether the densities of guided steps count."""
         return False
 
+    @property
+    def scales(self) -> bool:
+        """Whether reward_scale counts, in a method that makes no other use of it."""
+        return self.weighed or self.guide is not None
+
     def kernel(self) -> Transition:
         """The transition these options name."""
         if self.transition == "eta":

@@ -72,7 +72,7 @@ class BestOfN(Sampler):
             )
         if self.k > 1 and self.select in ("argmax", "all"):
             raise OptionError(f"best_of_n: k={self.k} needs select='top_k' or 'soft'.")
-        if not self._scales:
+        if not self.scales:
             refuse_idle(self, f"select={self.select!r} without guidance", "reward_scale")
         # An instance is as honest as its options.
         object.__setattr__(self, "target", "tilted" if self.weighed else "maximum")
@@ -81,11 +81,6 @@ class BestOfN(Sampler):
     def weighed(self) -> bool:
         return self.select in ("soft", "all")
 
-    @property
-    def _scales(self) -> bool:
-        """Whether reward_scale counts."""
-        return self.weighed or self.guide is not None
-
     def cost(self, plan: Plan) -> Cost:
         n, (rows, calls) = self.n or 1, self.per_step(plan)
         judged = n * (1 + sum(calls))
@@ -93,7 +88,7 @@ class BestOfN(Sampler):
 
     def fit(self, plan: Plan) -> BestOfN:
         fitted = self
-        if self._scales:
+        if self.scales:
             fitted = replace(self, reward_scale=plan.scale(self.reward_scale))
         if self.n is None:
             default = max(16, self.k)

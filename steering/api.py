@@ -103,6 +103,7 @@ def steer(
             careful=max_batch is None,
         )
         finish = Finisher(model, tasks, verifiers, engine, folder if many else None)
+        finish.check()
         engine.run(tasks)
         results = finish.all()
         if many:

@@ -86,7 +86,6 @@ class Engine:
         self.care = Care(model.device, self.limits) if careful else None
         self.graphs = Graphs(self.limits)
         self._tasks: list[Task] = []
-        self._running: set[Task] = set()
         self._done: deque[Task] = deque()
 
     def run(self, tasks: Sequence[Task]) -> None:
@@ -97,7 +96,6 @@ class Engine:
     def stream(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """Runs tasks and gives each as soon as it has ended; an interrupt ends the stream."""
         self._tasks, waiting = list(tasks), list(reversed(tasks))
-        self._running = set(tasks)
         pending: dict[Task, Request] = {}
         try:
             while waiting or pending:
@@ -207,7 +205,11 @@ class Engine:
             task.ledger.check(task.budget, nfe=sum(task.cost(t) * m for t, m in times_of(request)))
         elif isinstance(request, Score):
             task.ledger.check(task.budget, reward_calls=n)
-        elif not getattr(request, "overtime", False):
+        else:
+            self._check_time(task, request)
+
+    def _check_time(self, task: Task, request: Request) -> None:
+        if not getattr(request, "overtime", False):
             task.ledger.check(task.budget)
 
     def answers(self, tasks: list[Task], requests: list[Request]) -> list[Any]:
@@ -283,16 +285,15 @@ class Engine:
 
     def _look_up(self, batch: Batch, errors: dict[int, Exception]) -> None:
         """Between the chunks of a call: a stop ends it, and whose seconds are spent leave it."""
-        if not self._running.issuperset(batch.tasks):
+        if any(task.ended for task in batch.tasks):
             return  # verdicts on what a run has delivered
         if self.cancelled():
             raise KeyboardInterrupt
         for k, (task, request) in enumerate(zip(batch.tasks, batch.requests, strict=True)):
-            if k not in errors and not getattr(request, "overtime", False):
-                try:
-                    task.ledger.check(task.budget)
-                except TimeUp as error:
-                    errors[k] = error
+            try:
+                self._check_time(task, request)
+            except TimeUp as error:
+                errors.setdefault(k, error)
 
     def _halved(self, batch: Batch, rows: int, error: Exception) -> bool:
         """Whether a call that failed is worth another attempt with fewer rows."""

@@ -42,8 +42,10 @@ class Finisher:
     ) -> None:
         self.model, self.tasks, self.verifiers = model, tasks, verifiers
         self.engine, self.folder = engine, folder
-        if tasks:
-            self._recipe(tasks[0])  # what cannot be written down fails before anything is spent
+
+    def check(self) -> None:
+        """Tries a recipe: what cannot be written down fails before anything is spent."""
+        self._recipe(self.tasks[0])
 
     def all(self) -> list[Result | None]:
         """One Result per task, in order; None where there is nothing to show."""

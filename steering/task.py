@@ -87,6 +87,11 @@ class Task:
     extra: int = 0  # network rows taken over from other runs, or (negative) left to them
 
     @property
+    def ended(self) -> bool:
+        """Whether its run is over, however it ended."""
+        return self.cancelled or self.outcome is not None or self.error is not None
+
+    @property
     def budget(self) -> Budget:
         cap = self.plan.budget
         if not self.extra or cap.nfe is None:

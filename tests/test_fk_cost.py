@@ -8,24 +8,13 @@ import pytest
 import torch
 
 import steering
-from steering.analytic import GaussianMixture
 from steering.errors import BudgetError, OptionError, SteeringError
 from steering.ledger import Budget
 from steering.samplers import FK
 from tests.fk_world import CHECKPOINTS, Tweedie
 from tests.populations import LINE, line, plan_of, steer
+from tests.search_world import Guided
 from tests.tiny_pipelines import build
-
-
-class Guided(GaussianMixture):
-    """Two network rows per sample, as with classifier-free guidance."""
-
-    def costs(self) -> tuple[int, ...]:
-        return (2,) * len(self.grid())
-
-    def predict(self, x, t, *, cond=0, grad=False):
-        self.rows += len(x)
-        return super().predict(x, t, cond=cond, grad=grad)
 
 
 def guided() -> Guided:
