@@ -7,6 +7,7 @@ from mutant import Mutant
 NOISE = "tests/test_noise.py"
 TWICE = "tests/test_duplicates.py"
 SHORT = "tests/test_kernels_short_attention.py"
+NETWORK = "tests/test_kernels_network.py"
 
 MUTANTS = (
     Mutant(
@@ -29,6 +30,13 @@ MUTANTS = (
         "_AHEAD = 2**16",
         "_AHEAD = 2**40",
         (f"{NOISE}::test_what_is_expected_is_drawn_in_one_pass_within_bounds",),
+    ),
+    Mutant(
+        "auto dtype: dot products of bfloat16 forgotten",
+        "steering/loading.py",
+        '("_is_amx_tile_supported", "_is_avx512_bf16_supported")',
+        '("_is_amx_tile_supported",)',
+        (f"{NETWORK}::test_auto_takes_bfloat16_where_the_processor_computes_it",),
     ),
     Mutant(
         "decoder: as wide as the network",

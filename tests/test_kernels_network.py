@@ -12,6 +12,7 @@ from torch import nn
 import steering
 from steering.compiled import Bucketed, compile_networks
 from steering.errors import OptionError
+from steering.loading import as_dtype
 
 
 def small(seed=0):
@@ -185,6 +186,25 @@ def test_the_memory_format_changes_no_picture_and_only_the_autoencoder():
     torch.testing.assert_close(auto, plain, rtol=0, atol=1e-4)
     with pytest.raises(OptionError, match="channels_last"):
         steering.load("stickers-sd", channels_last="always")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "dots", "dtype"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (None, None, torch.float32),  # a torch that cannot say
+    ],
+)
+def test_auto_takes_bfloat16_where_the_processor_computes_it(monkeypatch, tiles, dots, dtype):
+    for test, answer in (("_is_amx_tile_supported", tiles), ("_is_avx512_bf16_supported", dots)):
+        if answer is None:
+            monkeypatch.delattr(torch.cpu, test)
+        else:
+            monkeypatch.setattr(torch.cpu, test, lambda answer=answer: answer)
+    assert as_dtype("auto", "cpu") is dtype
+    assert next(steering.load("stickers").transformer.parameters()).dtype is dtype
 
 
 @pytest.mark.parametrize("name", ["stickers", "stickers-sd"])
