@@ -182,14 +182,15 @@ def load_chat(
         WeightsError: missing or unreadable files, or a model without a chat template.
     """
     key = (source, precision, device)
-    if key not in _LOADED:
-        dtype = checkpoints.dtype_of(precision, reward)
-        with checkpoints.building():
-            _LOADED[key] = _open(source, reward, dtype, device)
-        while len(_LOADED) > _KEPT:
-            _LOADED.popitem(last=False)
-    _LOADED.move_to_end(key)
-    model, processor = _LOADED[key]
+    with checkpoints.LOADING:
+        if key not in _LOADED:
+            dtype = checkpoints.dtype_of(precision, reward)
+            with checkpoints.building():
+                _LOADED[key] = _open(source, reward, dtype, device)
+            while len(_LOADED) > _KEPT:
+                _LOADED.popitem(last=False)
+        _LOADED.move_to_end(key)
+        model, processor = _LOADED[key]
     return LocalChat(
         model, processor, reward=reward, device=device, batch_size=batch_size, offload=offload
     )

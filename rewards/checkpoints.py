@@ -8,6 +8,7 @@ are wrong.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,15 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.t
 IMAGES = ("preprocessor_config.json", "processor_config.json")
 _TEXTS = ["*.json", "*.txt", "*.model", "*.jinja"]
 
+LOADING = threading.RLock()
+"""Held where weights are read: a second thread finds what the first one has loaded."""
+
 
 @contextmanager
 def building() -> Iterator[None]:
     """Where a network is made: a backward pass can go through its parameters later, and the random
     weights that loaded ones replace leave the caller's generator as it was."""
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with LOADING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         yield
 
 

@@ -7,6 +7,7 @@ the first look-up; third parties join through entry points of the same group.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ class Registry:
         self.kind, self.package, self.group = kind, package, group
         self._entries: dict[str, Any] = {}
         self._loaded = False
+        self._loading = threading.RLock()
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds a class or function under a name."""
@@ -43,12 +45,17 @@ class Registry:
 
     def load(self) -> None:
         """Imports the built-in package and lists other distributions' entry points."""
-        if self._loaded:
-            return
-        self._loaded = True
-        importlib.import_module(self.package)
-        for entry in entry_points(group=self.group):
-            self._entries.setdefault(entry.name, entry)
+        with self._loading:  # other threads wait for all names; modules being imported may ask
+            if self._loaded:
+                return
+            self._loaded = True
+            try:
+                importlib.import_module(self.package)
+            except BaseException:
+                self._loaded = False  # the next look-up says again what is wrong
+                raise
+            for entry in entry_points(group=self.group):
+                self._entries.setdefault(entry.name, entry)
 
     def names(self) -> list[str]:
         """All names, sorted."""

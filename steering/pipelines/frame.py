@@ -332,7 +332,8 @@ class Frame:
 
     def _switch(self, value: tuple, grad: bool) -> Any:
         self.greenlet.parent = getcurrent()
-        with torch.set_grad_enabled(grad):  # the mode is the thread's, greenlets share it
+        # The grad mode is the thread's, greenlets share it.
+        with self.script.turn, torch.set_grad_enabled(grad):
             return self.greenlet.switch(*value)
 
     def close(self) -> None:

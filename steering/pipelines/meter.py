@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steering.errors import PipelineError
+from steering.turns import turn_of
 
 _DENOISER = re.compile(r"(transformer|unet|prior|dit|denoiser)(_\d+)?$")
 
@@ -46,31 +48,39 @@ class Meter:
     Attributes:
         rows: network rows so far.
         probes: rows spent on finding out how the pipeline behaves.
+        turn: the networks' lock.
     """
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
         self.rows = self.probes = 0
+        self.turn = turn_of(next(iter(networks.values())))
         self.closed = False
         self._counter: str | None = None
+        self._thread: int | None = None
         hook: Any = torch.compiler.disable(self._count)
-        self._hooks = [
-            net.register_forward_pre_hook(hook, with_kwargs=True) for net in networks.values()
-        ]
+        with self.turn:  # a hook is registered in two steps, which a call must not fall between
+            self._hooks = [
+                net.register_forward_pre_hook(hook, with_kwargs=True) for net in networks.values()
+            ]
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._counter is not None:
+        if self._counter is not None and self._thread == threading.get_ident():
             setattr(self, self._counter, getattr(self, self._counter) + count_rows(args, kwargs))
 
     @contextmanager
     def on(self, counter: str = "rows") -> Iterator[None]:
-        """Counts the calls made inside, not those of the user's own pipeline beside it."""
-        before, self._counter = self._counter, counter
-        try:
-            yield
-        finally:
-            self._counter = before
+        """Counts the calls made inside, by this thread; not those of the user's own pipeline
+        beside it. Held by one thread at a time."""
+        with self.turn:
+            before = self._counter, self._thread
+            self._counter, self._thread = counter, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._counter, self._thread = before
 
     def close(self) -> None:
         self.closed = True
-        for hook in self._hooks:
-            hook.remove()
+        with self.turn:
+            for hook in self._hooks:
+                hook.remove()

@@ -19,8 +19,10 @@ from steering.errors import PipelineError
 from steering.noise import NoiseKey
 from steering.paths import Time
 from steering.pipelines.frame import Frame, Query, RowTimes, inverted
+from steering.pipelines.meter import denoisers
 from steering.pipelines.prompts import Arguments, PromptMemo
 from steering.pipelines.schedule import Schedule, read_schedule
+from steering.turns import turn_of
 
 _MAX_FRAMES = 32
 _MAX_ROWS = 256
@@ -42,10 +44,12 @@ class Script:
         schedule: None until the first frame has looked.
         prepared: what prepare_latents returned beside its latents, by width.
         event_shape: shape of one state in the loop.
+        turn: the networks' lock, held while the pipeline's code runs.
     """
 
     def __init__(self, pipe: Any, arguments: Arguments, name: str) -> None:
         self.pipe, self.arguments, self.name = pipe, arguments, name
+        self.turn = turn_of(next(iter(denoisers(pipe).values())))
         self.call = inverted(type(pipe).__call__)
         self.scheduler = copy.deepcopy(pipe.scheduler)
         #: of set_timesteps and step, which every frame needs

@@ -42,8 +42,8 @@ def wrap(
     """Turns a diffusers pipeline into a model that can be asked.
 
     Args:
-        pipe: the pipeline; it is not changed, and can be used between runs, though not in another
-            thread during one.
+        pipe: the pipeline; it is not changed, and can be used between runs. Threads may steer with
+            one pipeline at once, each by a model of its own: their network calls take turns.
         mixed_times: whether rows at different times may share a batch; "auto" finds out.
         max_batch: most rows of one frame (guidance may double them inside).
         name: for reports, and for rewards that have weights of their own for a model; by default
@@ -71,7 +71,8 @@ def wrap(
 
 
 class WrappedPipeline:
-    """A diffusers pipeline as a Model; see :func:`wrap`. Not safe to use from two threads at once.
+    """A diffusers pipeline as a Model; see :func:`wrap`. For one thread at a time: others wrap the
+    same pipeline again.
 
     Attributes:
         name, family ("vp", "ve", "flow", "edm"), prediction_type, guidance: for reports.
@@ -320,10 +321,10 @@ class WrappedPipeline:
         self._check_rows(x0, [self.grid().times[0]] * n, [0] * n)
         x0 = (x0 if grad else x0.detach()).to(self.device)
         decode = self._decode if grad else self._decode_short
-        if n <= (self.max_batch or n):
-            return decode(x0, grad, small)
-        found = [decode(chunk, grad, small) for chunk in x0.split(self.max_batch or n)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        with self._meter.turn:  # torch multiplies in another order where parameters are frozen
+            if n <= (self.max_batch or n):
+                return decode(x0, grad, small)
+            return torch.cat([decode(part, grad, small) for part in x0.split(self.max_batch or n)])
 
     def _decode_short(self, x: Tensor, grad: bool, small: Any) -> Tensor:
         """Without a frame where the first decode, through one, was seen to allow it."""
