@@ -79,6 +79,7 @@ def steer(
         OptionError, BudgetError, PipelineError: before anything is spent.
         RewardError: the reward failed; ``error.result`` holds the best so far. Also, before
             anything is spent, where a method needs a gradient that the reward does not have.
+        DecodeError: the model's decoder failed; ``error.states`` holds what it was given.
         TaskErrors: some prompts of a list failed; ``.results`` has the others.
     """
     chosen = build_method(method, options)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steering.batch import Batch, out_of_memory, rows_of, times_of
 from steering.duplicates import distinct
-from steering.errors import BudgetError, OptionError, TimeUp
+from steering.errors import BudgetError, DecodeError, OptionError, SteeringError, TimeUp
 from steering.gradients import Graphs, no_gradient
 from steering.memory import Care
 from steering.method import Context
@@ -192,6 +192,8 @@ class Engine:
             else:
                 answers = self.answers(group, requests)
             for task, request, answer in zip(group, requests, answers, strict=True):
+                if isinstance(request, Decode) and isinstance(answer, Exception):
+                    answer = _undecoded(self.model, request.x0.detach(), answer)
                 task.best.note(request, answer)
                 if isinstance(request, Score) and isinstance(answer, Scores):
                     task.trace.note(answer, request.final, task.ledger)
@@ -362,6 +364,14 @@ def _call_of(batch: Batch, call: Callable[..., Any]) -> Callable[..., Any]:
     if not batch.checkpoint:
         return call
     return functools.partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
+
+
+def _undecoded(model: Model, states: Tensor, error: Exception) -> Exception:
+    """What a decoder's failure is to the user: the states are not lost with it."""
+    if isinstance(error, SteeringError):
+        return error
+    tiles = "Let it work in tiles: `steering.load(..., vae='tiling')`."
+    return DecodeError(model.name, states, error, tiles if out_of_memory(error) else "")
 
 
 def _shared(task: Task, request: Request) -> tuple[object, ...]:

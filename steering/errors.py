@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SteeringError(Exception):
@@ -46,6 +49,24 @@ class RewardError(SteeringError):
 
 class PipelineError(SteeringError):
     """A diffusers pipeline cannot be driven from outside, or not in the way asked for."""
+
+
+class DecodeError(SteeringError):
+    """A model's decoder failed.
+
+    ``states`` [n, *event] is what it was given: samples, or estimates of them, as they are after
+    all network calls made so far. ``model.decode(error.states)`` makes pictures of them.
+    """
+
+    def __init__(self, name: str, states: Tensor, cause: Exception, way_out: str = "") -> None:
+        parts = (
+            f"{name} could not decode {len(states)} states: {type(cause).__name__}: {cause}.",
+            way_out,
+            "What it was given is kept in `.states` of this error.",
+        )
+        super().__init__(" ".join(filter(None, parts)))
+        self.states = states
+        self.__cause__ = cause
 
 
 class RecipeError(SteeringError):

@@ -29,6 +29,13 @@ MUTANTS = (
         ("tests/test_engine_stopping.py::test_a_stop_is_noticed_between_the_chunks_of_a_call",),
     ),
     Mutant(
+        "a failing decoder loses what it was given",
+        "steering/engine.py",
+        "if isinstance(request, Decode) and isinstance(answer, Exception):",
+        "if False:",
+        ("tests/test_engine_failures.py::test_what_a_failing_decoder_was_given_is_kept",),
+    ),
+    Mutant(
         "decoding leaves out the safety checker",
         "steering/pipelines/wrap.py",
         "if vae is None or checked or key in self._shortcuts:",

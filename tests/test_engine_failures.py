@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from steering.errors import RewardError, TaskErrors
+from steering.errors import DecodeError, RewardError, TaskErrors
 from steering.ledger import Budget
 from steering.requests import Progress
 from steering.samplers import FK, BestOfN
@@ -145,6 +145,27 @@ def test_a_failing_model_is_an_error_of_its_task_only() -> None:
     bad = set(caught.value.errors)
     assert 0 < len(bad) < 12
     assert {i for i, r in enumerate(caught.value.results) if r is None} == bad
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_what_a_failing_decoder_was_given_is_kept(short) -> None:
+    """All network calls of best-of-N are made before its one decode."""
+
+    class Broken(Watched):
+        def decode(self, x0, *, grad=False):
+            if broken:
+                raise torch.OutOfMemoryError("no room") if short else TypeError("no such kernel")
+            return super().decode(x0, grad=grad)
+
+    broken = False
+    plain = steer(Broken(), LINE, BestOfN(n=1), seed=3)
+    broken, model = True, Broken()
+    with pytest.raises(DecodeError, match="could not decode 1 states") as caught:
+        steer(model, LINE, BestOfN(n=1), seed=3)
+    assert ("vae='tiling'" in str(caught.value)) == short
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError if short else TypeError)
+    broken = False
+    assert torch.equal(model.decode(caught.value.states), plain.pixels)
 
 
 def test_a_failing_heldout_verifier_keeps_the_result() -> None:
