@@ -51,6 +51,7 @@ def head_shapes(network: nn.Module) -> set[tuple[int, int]]:
 
 
 def _give(network: Any, backend: str) -> None:
+    network._chosen_attention = backend
     plain = getattr(network, "_plain_forward", None)
     if plain is not None:  # an earlier choice of ours
         network.forward = plain

@@ -69,7 +69,7 @@ class Bucketed:
         backend: str | Callable[..., Any],
     ) -> None:
         options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
-        self.plain = plain
+        self.plain, self.mode = plain, mode
         self.fast = torch.compile(plain, dynamic=False, backend=backend, **options)
         self.widths = tuple(sorted(widths))
         self.made: set[int] = set()

@@ -15,6 +15,7 @@ from steering.recipe import describe_value, fingerprint
 EMBEDDED = "stickers"
 """The model that ships with the package and is used unless another is named."""
 SHIPPED = (EMBEDDED, "stickers-sd", "stickers-turbo")
+_SAVINGS = ("slicing", "tiling")
 """All models that ship with the package."""
 
 
@@ -91,7 +92,7 @@ def _lay_out(pipe: Any, channels_last: bool | str) -> None:  # noqa: ANN401
 
 def _save_memory(pipe: Any, vae: str) -> None:  # noqa: ANN401
     part = getattr(pipe, "vae", None)
-    for what in ("slicing", "tiling") if vae == "tiling" else ("slicing",):
+    for what in _SAVINGS if vae == "tiling" else ("slicing",):
         enable = getattr(part, f"enable_{what}", None)
         if enable is None:
             raise OptionError(
@@ -204,7 +205,53 @@ def describe(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
         "device": str(getattr(pipe, "device", "cpu")),
         "scheduler": None if scheduler is None else _scheduler(scheduler),
         "fingerprint": None if network is None else fingerprint(network),
+        "setup": setup_of(pipe),
     }
+
+
+def setup_of(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
+    """How a pipeline was made ready, which shows in the last bits of its pictures.
+
+    ``frozen`` names the components without trainable parameters: torch multiplies in another
+    order where a weight wants a gradient, under ``no_grad`` too.
+    """
+    from steering.compiled import Bucketed
+
+    parts = {n: p for n, p in pipe.components.items() if isinstance(p, torch.nn.Module)}
+    network, vae = parts.get("transformer", parts.get("unet")), parts.get("vae")
+    forward = getattr(network, "forward", None)
+    return {
+        "attention": getattr(network, "_chosen_attention", "native"),
+        "compile": forward.mode if isinstance(forward, Bucketed) else False,
+        "channels_last": vae is not None and any(map(_is_channels_last, vae.parameters())),
+        **{what: bool(getattr(vae, f"use_{what}", False)) for what in _SAVINGS},
+        "frozen": sorted(n for n, p in parts.items() if not _trains(p)),
+    }
+
+
+def _is_channels_last(weight: torch.Tensor) -> bool:
+    last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return last and not weight.is_contiguous()
+
+
+def _trains(part: torch.nn.Module) -> bool:
+    return any(p.requires_grad for p in part.parameters())
+
+
+def load_again(model: dict[str, Any]) -> Any:  # noqa: ANN401
+    """The pipeline that :func:`describe` described, opened from its source."""
+    setup = model.get("setup") or {}
+    options = {k: setup[k] for k in ("attention", "compile", "channels_last") if k in setup}
+    pipe = load(model["source"], dtype=model["dtype"], device=model["device"], **options)
+    for what in _SAVINGS:
+        enable = getattr(getattr(pipe, "vae", None), f"enable_{what}", None)
+        if setup.get(what) and enable is not None:
+            enable()
+    for name in setup.get("frozen", ()):
+        part = pipe.components.get(name)
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    return pipe
 
 
 def _scheduler(scheduler: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -32,8 +32,8 @@ class Recipe:
     """What to run to get one picture again.
 
     Attributes:
-        model: {"source", "class", "dtype", "device", "fingerprint"}; source is None where the
-            pipeline was handed over as an object with no known origin.
+        model: {"source", "class", "dtype", "device", "scheduler", "fingerprint", "setup"}; source
+            is None where the pipeline was handed over as an object with no known origin.
         call: keyword arguments of the pipeline call other than the prompt.
         prompts, seeds: of all prompts run together (rounding depends on the batch).
         prompt: index of this picture's prompt; ``image``: index among its pictures.
@@ -93,6 +93,9 @@ class Recipe:
                 raise RecipeError(f"{where}: damaged recipe, {name!r} is not a {kind.__name__}.")
         if not 0 <= self.prompt < len(self.prompts) or len(self.seeds) != len(self.prompts):
             raise RecipeError(f"{where}: damaged recipe, prompt {self.prompt} is out of range.")
+        setup = self.model.get("setup", {})
+        if not isinstance(setup, dict) or not isinstance(setup.get("frozen", []), list):
+            raise RecipeError(f"{where}: damaged recipe, model.setup is no description.")
         extra = self.metadata
         if extra is not None and not (isinstance(extra, list) and len(extra) == len(self.prompts)):
             raise RecipeError(f"{where}: damaged recipe, metadata is not one per prompt.")

@@ -17,7 +17,7 @@ from PIL import Image
 from steering.api import steer
 from steering.errors import OptionError, RecipeError
 from steering.ledger import Budget
-from steering.loading import describe, load, with_scheduler
+from steering.loading import describe, load_again, with_scheduler
 from steering.method import Method, build_method
 from steering.recipe import Recipe, package_versions, read
 from steering.result import Result
@@ -134,12 +134,11 @@ def _metadata(recipe: Recipe, given: Sequence[Any] | None) -> Sequence[Any] | No
 def _pipe(recipe: Recipe, pipe: Any) -> Any:  # noqa: ANN401
     """The recipe's pipeline, proven to hold the same weights."""
     if pipe is None:
-        source = recipe.model.get("source")
-        if source is None:
+        if recipe.model.get("source") is None:
             raise RecipeError(
                 f"The recipe's {recipe.model.get('class')} was built in memory. Pass it as pipe=."
             )
-        pipe = load(source, dtype=recipe.model["dtype"], device=recipe.model["device"])
+        pipe = load_again(recipe.model)
     # A copy: the caller's pipeline keeps its scheduler.
     pipe = with_scheduler(copy.copy(pipe), recipe.model.get("scheduler"))
     found = describe(pipe)

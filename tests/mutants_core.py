@@ -10,6 +10,8 @@ LEDGER = "tests/test_fk_cost.py::test_the_ledger_agrees_with_the_forecast"
 FAILURES, STOPPING = "tests/test_engine_failures.py", "tests/test_engine_stopping.py"
 BATCH = "tests/test_engine.py::test_different_times_share_a_batch_and_each_task_gets_its_own_rows"
 
+READY = "tests/test_replay.py::test_a_pipeline_is_made_ready_again_as_it_was"
+
 MUTANTS = (
     Mutant(
         "what part of a call said is lost with the rest",
@@ -34,6 +36,27 @@ MUTANTS = (
         "if isinstance(request, Decode) and isinstance(answer, Exception):",
         "if False:",
         ("tests/test_engine_failures.py::test_what_a_failing_decoder_was_given_is_kept",),
+    ),
+    Mutant(
+        "a replayed pipeline's parameters want gradients again",
+        "steering/loading.py",
+        "            part.requires_grad_(False)\n    return pipe",
+        "            pass\n    return pipe",
+        (READY,),
+    ),
+    Mutant(
+        "a replayed pipeline decodes in one piece",
+        "steering/loading.py",
+        "if setup.get(what) and enable is not None:",
+        "if False:",
+        (READY,),
+    ),
+    Mutant(
+        "a replayed pipeline's autoencoder is laid out anew",
+        "steering/loading.py",
+        '("attention", "compile", "channels_last") if k in setup',
+        '("attention", "compile") if k in setup',
+        (READY,),
     ),
     Mutant(
         "decoding leaves out the safety checker",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import pytest
+import torch
 from PIL import Image
 
 import steering
 from steering.apps.comparison import Entry, tabulate
 from steering.errors import RecipeError
+from steering.loading import describe, load_again, setup_of
 from steering.recipe import read, write_png
 from tests.tiny_pipelines import build
 
@@ -64,6 +67,8 @@ def test_a_method_with_a_function_is_given_again(tmp_path):
         ({"prompts": [5]}, "prompts are no texts"),
         ({"engine": {"max_batch": "x"}}, "max_batch is no number"),
         ({"model": {}}, "weights"),
+        ({"model": {"setup": 3}}, r"model\.setup"),
+        ({"model": {"setup": {"frozen": "vae"}}}, r"model\.setup"),
     ],
 )
 def test_damaged_values_are_one_clear_error(made, tmp_path, changes, message):
@@ -87,3 +92,81 @@ def test_a_table_with_a_run_that_was_stopped_before_its_verdict(made):
 
     entries = [Entry(label="whole", result=run("jpeg")), Entry(label="stopped", result=run(None))]
     assert list(tabulate(entries, prompt).columns[2].cells)[1] == "-"
+
+
+# --- pipelines that were made ready in another way than by steering.load -------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    pipe, _ = build("sd", steps=3)
+    folder = tmp_path_factory.mktemp("saved")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def plain(folder):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def frozen(folder):
+    pipe = plain(folder)
+    pipe.vae.requires_grad_(False)
+    return pipe
+
+
+def tiled(folder):
+    pipe = plain(folder)
+    pipe.vae.enable_tiling()
+    pipe.vae.enable_slicing()
+    return pipe
+
+
+READY = {
+    "plain": (plain, {}),
+    "frozen": (frozen, {"frozen": ["vae"]}),
+    "tiled": (tiled, {"tiling": True, "slicing": True}),
+    "channels last": (
+        lambda f: steering.load(f, dtype="float32", channels_last=True),
+        {"channels_last": True},
+    ),
+    "attention": (
+        lambda f: steering.load(f, dtype="float32", attention="math"),
+        {"attention": "math"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_pipeline_is_made_ready_again_as_it_was(saved, tmp_path, name):
+    make, said = READY[name]
+    pipe = make(saved)
+    call = {"num_inference_steps": 3, "height": 32, "width": 32, "guidance_scale": 3.0}
+    method = steering.samplers.BestOfN(n=6, select="all")
+    first = steering.steer(pipe, "a fox", reward="brightness", method=method, out=tmp_path, **call)
+    setup = read(tmp_path / "000.png").model["setup"]
+    standard = {"attention": "native", "compile": False, "channels_last": False, "frozen": []}
+    assert setup == {**standard, "slicing": False, "tiling": False, **said}
+    again = steering.replay(tmp_path / "000.png")
+    assert torch.equal(again.result.pixels, first.pixels)
+    assert setup_of(load_again(first.recipe.model)) == setup
+
+
+def test_a_compiled_pipeline_is_compiled_again(saved):
+    pipe = steering.load(saved, compile="max-autotune")
+    assert setup_of(pipe)["compile"] == "max-autotune"
+    assert setup_of(load_again(describe(pipe))) == setup_of(pipe)
+
+
+def test_how_a_pipeline_is_made_ready_shows_in_its_last_bits(saved):
+    """Or the test before this one could not fail."""
+    pictures = {}
+    for name in ("plain", "frozen", "tiled", "channels last"):
+        pipe = READY[name][0](saved)
+        x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            pictures[name] = pipe.vae.decode(x).sample
+    for name in ("frozen", "tiled", "channels last"):
+        assert not torch.equal(pictures[name], pictures["plain"]), name
