@@ -20,13 +20,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steering.errors import BudgetError, OptionError
+from steering.errors import BudgetError, NoWeightError, OptionError
 from steering.grids import Grid
 from steering.ledger import Budget
 from steering.method import Context, Cost, Plan, as_float64
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Outcome, Progress, Request, Run, Score, Share
-from steering.samplers.base import Sampler, afford, check_scale, refuse_idle, within_budget
+from steering.samplers.base import (
+    Sampler,
+    afford,
+    check_scale,
+    reaches,
+    refuse_idle,
+    within_budget,
+)
 from steering.samplers.best_of_n import BestOfN
 from steering.samplers.fk import FK
 from steering.samplers.rollout import walk
@@ -138,7 +145,7 @@ class Auto(Sampler):
         first, ranks = yield from self._pilot(ctx)
         top, spread = float(first.reward.max()), _spread(first.reward)
         best = _top(first)
-        done = self.target_reward is not None and top >= self.target_reward
+        done = reaches(top, self.target_reward)
         more, chosen = 0, "none"
         if not done:
             more = yield from self._grant(ctx, spread)
@@ -154,7 +161,10 @@ class Auto(Sampler):
         if follower is not None:
             # Names of noise of its own: the pilot's slots must not be drawn again.
             seed = ctx.key("auto/follow").generator().initial_seed()
-            outcome = yield from follower.run(replace(ctx, seed=seed))
+            try:
+                outcome = yield from follower.run(replace(ctx, seed=seed))
+            except NoWeightError:  # all that followed has a reward of -inf
+                return best
             found = _top(outcome)
             best = found if float(found.reward) > float(best.reward) else best
         return best

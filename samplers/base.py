@@ -235,6 +235,14 @@ def check_scale(name: str, reward_scale: float | None) -> None:
         )
 
 
+def reaches(reward: float, goal: float | None) -> bool:
+    """Whether a reward is as high as asked for; None asks for nothing.
+
+    Rewards are float32, in which a goal such as 0.9 may lie a little lower.
+    """
+    return goal is not None and reward >= min(goal, float(np.float32(goal)))
+
+
 def tilt(reward: Tensor, reward_scale: float | None) -> Tensor:
     """reward_scale * r, [n]; zero at reward_scale 0 even where r is -inf."""
     assert reward_scale is not None  # fit() has set it

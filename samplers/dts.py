@@ -111,7 +111,8 @@ class DTSStar(TreeSearch):
 
     Attributes:
         select: "uct" or "puct".
-        c_uct: how much rarely visited nodes are preferred.
+        c_uct: how much rarely visited nodes are preferred. The bounds see values relative to
+            their range, so that reward_scale matters to "soft" backups and to guidance only.
         k: how many of the best samples are delivered. All other options are those of
             :class:`~steering.samplers.tree_search.TreeSearch`.
     """

@@ -38,7 +38,7 @@ from steering.noise import NoiseKey, blend, eps_blend
 from steering.paths import Prediction
 from steering.registry import METHODS
 from steering.requests import Progress, Request, Run
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
 from steering.samplers.rollout import judge, require_continuous, require_noise, walk
 
 
@@ -187,7 +187,15 @@ class Evo(Sampler):
         judged = sum(sizes) + calls
         return Cost(nfe=rows, decodes=judged, reward_calls=judged)
 
+    def _check_idle(self, plan: Plan) -> None:
+        nodes = self.nodes(plan.grid)
+        if nodes and 0 not in nodes:
+            refuse_idle(self, "a schedule without the starting noise", "beta")
+        if nodes and not any(nodes):
+            refuse_idle(self, "a schedule of the starting noise alone", "mutation", "strength")
+
     def fit(self, plan: Plan) -> Evo:
+        self._check_idle(plan)
         if self.n_particles is not None:
             what = f"evo with generations of {list(self.sizes())}"
             within_budget(plan, self.cost(plan), what, self)

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError
+from steering.errors import IdleOption, OptionError
 from steering.grids import Grid
 from steering.method import Context, Cost, Plan, as_float64
 from steering.model import Model
@@ -164,7 +164,14 @@ class FK(Sampler):
     def _check_idle(self) -> None:
         if self.potential == "none":
             scoring = ("lookahead", "n_draws", "damping", "checkpoints", "noise_levels")
-            refuse_idle(self, "potential='none'", *scoring, "ess_threshold", "resampler")
+            resampling = ("resample", "ess_threshold", "resampler")
+            refuse_idle(self, "potential='none'", *scoring, *resampling)
+        if self.damping == "measured" and (self.lookahead or self.n_draws > 1):
+            setting = "lookahead" if self.lookahead else "n_draws"
+            raise IdleOption(
+                f"fk: damping='measured' has no meaning with {setting}: samples are judged and no "
+                "estimates. Leave one out.", ("damping",),
+            )  # fmt: skip
         if self.noise_levels is not None:
             refuse_idle(self, "noise_levels", "checkpoints")
         check_resampling(self)

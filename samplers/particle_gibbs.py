@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steering.errors import OptionError
+from steering.errors import NoWeightError, OptionError
 from steering.method import Context, Cost, Plan, as_float64
 from steering.noise import NoiseKey, categorical
 from steering.particles import State, ess, log_mean_exp, normalise, resample
@@ -77,7 +77,8 @@ class ParticleGibbs(Sampler):
         burn_in: first sweeps whose samples get no weight.
 
     The samples of all sweeps that have collected weight are delivered, each once, with it; the
-    best one is always among them.
+    best one is always among them. A sweep that finds no sample of positive weight (rewards of
+    -inf) is followed by another without a kept path; then there is no estimate of the normaliser.
     """
 
     n_particles: int | None = None
@@ -183,17 +184,27 @@ class ParticleGibbs(Sampler):
         return fitted
 
     def run(self, ctx: Context) -> Run:
+        assert self.n_particles is not None
         assert self.iterations is not None
-        pool, reference, log_z = Pool(), None, None
+        pool, reference, log_z, missed = Pool(), None, None, None
+        left = self.n_particles + (self.iterations - 1) * (self.n_particles - 1)
         for sweep in range(self.iterations):
-            state, images = yield from self.sweep(ctx, reference, sweep)
-            w, numbers = normalise(state.log_w), state.memory["number"].tolist()
+            new = self.n_particles - (reference is not None)
+            if new > left:
+                break  # earlier sweeps had no path to keep and took one particle more
+            left -= new
+            try:
+                state, images = yield from self.sweep(ctx, reference, sweep)
+                w, numbers = normalise(state.log_w), state.memory["number"].tolist()
+            except NoWeightError as error:
+                missed = error
+                continue  # no path was found that could be kept: the next sweep is free, too
             fresh = slice(len(state) - len(images), None)
             rewards = state.memory["reward"][fresh]
             pool.add(numbers[fresh], state.x[fresh], images, rewards)
             if sweep >= self.burn_in:
                 pool.weigh(numbers, w.tolist())
-            if reference is None:
+            if reference is None and missed is None:  # of the first try, or it is too high
                 log_z = log_mean_exp(state.log_w)
             chosen = multinomial(w, 1, ctx.key(_name("reference", sweep)))
             pool.prune([numbers[int(chosen)]])
@@ -205,6 +216,8 @@ class ParticleGibbs(Sampler):
                 "reference": int(chosen),
             }
             yield Progress(step=sweep + 1, of=self.iterations, info=info)
+        if missed is not None and not any(pool.weight.values()):
+            raise missed
         return pool.outcome(ctx.model.device, log_z)
 
     def sweep(

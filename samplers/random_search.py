@@ -16,7 +16,7 @@ from steering.errors import OptionError
 from steering.method import Context, Cost, Plan
 from steering.registry import METHODS
 from steering.requests import Progress, Run
-from steering.samplers.base import Sampler, afford, within_budget
+from steering.samplers.base import Sampler, afford, reaches, within_budget
 from steering.samplers.rollout import Winner, judge, walk
 
 _DEFAULT = 30  # four rounds of 2, 4, 8 and 16
@@ -104,7 +104,7 @@ class RandomSearch(Sampler):
             done += size
             info = {"round": j, "rewards": rewards, "best": best.reward}
             yield Progress(step=j + 1, of=len(sizes), info=info, preview=best.image)
-            if self.reward_max is not None and best.reward >= self.reward_max:
+            if reaches(best.reward, self.reward_max):
                 break
         assert best is not None
         return best.outcome()

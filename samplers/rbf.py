@@ -36,7 +36,7 @@ from steering.model import Model
 from steering.paths import VP, Linear, Path
 from steering.registry import METHODS
 from steering.requests import Decode, Denoise, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
+from steering.samplers.base import Sampler, afford, reaches, refuse_idle, within_budget
 from steering.samplers.guides import Guide, Rows
 from steering.samplers.rbf_chain import Chain, Quotas, Stand, best_of, each_level
 from steering.samplers.rbf_levels import OnPath, check_noise, rbf_grid, shape_of
@@ -74,7 +74,8 @@ class RBF(Sampler):
         reward_max: stop as soon as an estimate reaches this reward, and finish that state.
         finish: "ode" denoises the end of the search in ``finish_steps`` steps and scores the
             result; "none" delivers the one-step estimate of x0, which suits distilled models.
-        path: where levels and Euler-Maruyama steps live: "vp", "linear", or the model's "own".
+        path: where levels and Euler-Maruyama steps live: "vp", "linear", or the model's "own". The
+            eta-kernel and the grids "karras" and "own" are the same on all of them.
         grid, steps: the shape of the levels in that path's time (10 by default); "karras" goes by
             noise levels, "own" takes the pipeline's own. The authors' shape "rbf" ends its search
             at a noise share of 0.71: where the sample differs from the one-step estimate, what
@@ -374,8 +375,7 @@ class RBF(Sampler):
     def _goal(self, stands: list[Stand]) -> Stand | None:
         """The best of these if it reaches reward_max."""
         best = best_of(stands)
-        reached = self.reward_max is not None and best.reward >= self.reward_max
-        return best if reached else None
+        return best if reaches(best.reward, self.reward_max) else None
 
     def _finish(self, ctx: Context, ends: list[Stand]) -> Run:
         """The best of the ends, which share a node, once they are samples."""

@@ -21,7 +21,7 @@ from steering.method import Context, Cost, Plan, as_float64
 from steering.model import Model
 from steering.registry import METHODS
 from steering.requests import Ask, Decode, Outcome, Progress, Request, Run, Score
-from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
+from steering.samplers.base import Sampler, afford, reaches, refuse_idle, within_budget
 from steering.samplers.rollout import walk
 from steering.scoring import Scores
 
@@ -165,8 +165,7 @@ class Reflect(Sampler):
     ) -> Generator[Request, Any, list[Critique]]:
         """One critique for each picture, in their order."""
         if self.critic is None:
-            goal = self.target_reward
-            right = [goal is not None and float(r) >= goal for r in scores.value]
+            right = [reaches(float(r), self.target_reward) for r in scores.value]
             words = [
                 "; ".join(text for texts in scores.notes.values() if (text := texts[i]))
                 for i in range(len(images))

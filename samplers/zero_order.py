@@ -26,7 +26,7 @@ from steering.method import Context, Cost, Plan
 from steering.noise import sphere_neighbour
 from steering.registry import METHODS
 from steering.requests import Progress, Request, Run
-from steering.samplers.base import Sampler, afford, refuse_idle, within_budget
+from steering.samplers.base import Sampler, afford, reaches, refuse_idle, within_budget
 from steering.samplers.rollout import Winner, judge, require_continuous, require_noise, top, walk
 
 _USUAL = 4
@@ -122,7 +122,7 @@ class ZeroOrder(Sampler):
         height: float | None = float(rewards[0])
         rounds = (self.rounds or 1) if self._each else 0
         for r in range(rounds):
-            if self._reached(best):
+            if reaches(best.reward, self.reward_max):
                 break
             if height is None:
                 key = ctx.key("init").at(slot=pivots)
@@ -157,9 +157,6 @@ class ZeroOrder(Sampler):
         """n neighbours of pivot [1, *event]; round r has directions of its own."""
         z = ctx.key("neighbour", r).normal(n, pivot.shape[1:], device=str(pivot.device))
         return sphere_neighbour(pivot.expand(n, *pivot.shape[1:]), z, self.cosine)
-
-    def _reached(self, best: Winner) -> bool:
-        return self.reward_max is not None and best.reward >= self.reward_max
 
     def _check(self, ctx: Context, x: Tensor) -> None:
         """Raises before anything is spent where noise has no neighbours."""

@@ -35,6 +35,10 @@ class IdleOption(OptionError):
         self.options = options
 
 
+class NoWeightError(SteeringError):
+    """All particles of a population have weight zero."""
+
+
 class BudgetError(SteeringError):
     """The budget does not pay for what was asked."""
 

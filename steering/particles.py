@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.errors import SteeringError
+from steering.errors import NoWeightError
 from steering.noise import NoiseKey
 from steering.paths import Prediction
 from steering.resampling import Scheme
@@ -85,11 +85,11 @@ def normalise(log_w: Tensor) -> Tensor:
     """exp(log_w) scaled to sum to 1, float64.
 
     Raises:
-        SteeringError: all weights are zero.
+        NoWeightError: all weights are zero.
     """
     top = log_w.max()
     if not math.isfinite(float(top)):
-        raise SteeringError(
+        raise NoWeightError(
             f"All {len(log_w)} particles have weight zero (rewards of -inf), so none can be "
             "chosen. Check the reward, or lower reward_scale."
         )

@@ -276,9 +276,16 @@ MUTANTS = (
     Mutant(
         "NFE halved",
         "steering/batch.py",
+        "spent = evaluated if self.kind",
+        "spent = evaluated // 2 if self.kind",
+        (f"{LEDGER}[plain]",),
+    ),
+    Mutant(
+        "NFE halved where prompts share a call",
+        "steering/batch.py",
         "round(float(expected[k]) * scale)",
         "round(float(expected[k]) * scale / 2)",
-        (f"{LEDGER}[plain]",),
+        ("tests/test_engine.py",),
     ),
     Mutant(
         "calls counted instead of rows",

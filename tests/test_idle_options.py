@@ -24,6 +24,7 @@ from steering.samplers import (
     BestOfN,
     CoDe,
     DTSStar,
+    Evo,
     Guidance,
     Guide,
     ParallelTempering,
@@ -80,6 +81,9 @@ def never(*_):
         (FK, PLAIN, {"damping": "none"}),
         (FK, PLAIN, {"checkpoints": (0.5,)}),
         (FK, PLAIN, SHARES),
+        (FK, PLAIN, ALWAYS),
+        (FK, {"lookahead": 1}, {"damping": "measured"}),
+        (FK, {"n_draws": 2}, {"damping": "measured"}),
         (FK, PLAIN, {"ess_threshold": 0.9}),
         (FK, PLAIN, {"resampler": "residual"}),
         (FK, SHARES, {"checkpoints": (0.5,)}),
@@ -138,7 +142,7 @@ def test_an_option_that_would_be_ignored_is_refused(cls, setting, idle):
     ("cls", "options"),
     [
         (FK, {"mode": "authors", "damping": "none"}),
-        (FK, {"lookahead": 1, "n_draws": 2, "damping": "measured", "resampler": "residual"}),
+        (FK, {"lookahead": 1, "n_draws": 2, "damping": "none", "resampler": "residual"}),
         (DAS, {"gamma": 0.1}),
         (DAS, {"tempering": "poly", "gamma": 0.1, "power": 2.0}),
         (DNO, {"estimator": "hybrid", "n_perturbations": 8, "perturbation": 0.1}),
@@ -172,6 +176,19 @@ def test_an_option_that_would_be_ignored_is_refused(cls, setting, idle):
 def test_where_it_counts_it_is_taken(cls, options):
     method = cls(**options)
     assert all(getattr(method, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "idle"),
+    [((0.0,), {"mutation": "additive"}), ((0.0,), {"strength": 0.5}), ((0.4,), {"beta": 0.5})],
+)
+def test_mutations_of_nodes_that_evo_does_not_start_from(schedule, idle):
+    """Which nodes those are, the grid says."""
+    (name,) = idle
+    with pytest.raises(OptionError, match=name):
+        steer(plane(), BOWL, Evo(n_particles=4, schedule=schedule, **idle))
+    both = steer(plane(), BOWL, Evo(n_particles=4, schedule=(0.0, 0.4), **idle))
+    assert both.ledger.nfe > 0
 
 
 @pytest.mark.parametrize("name", METHODS.names())
