@@ -11,7 +11,6 @@ serves is a rule of shapes and not of the clock, so that a run repeats bit for b
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,14 +23,11 @@ from torch.overrides import TorchFunctionMode
 SHORT = 96
 """Most tokens, of queries and of keys, of a short sequence."""
 
-_MODE = threading.RLock()
-"""The choice of a backend is the process's: a thread that left while another is inside would put
-back what that one had set."""
-
 
 class ShortAttention:
     """The attention of one network's calls that keep a graph.
 
+    Contexts belong into a turn (steering.turns): which kernels may serve is set for the process.
     The first call is watched, which makes it some milliseconds slower. Where all of its sequences
     were short, later calls take the plain formula from the start.
 
@@ -50,10 +46,10 @@ class ShortAttention:
         if not self.helps or (self.longest or 0) > SHORT:
             yield
         elif self.longest is not None:
-            with _MODE, sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH):
                 yield
         else:
-            with _MODE, _Watch() as watch:
+            with _Watch() as watch:
                 yield
             self.longest = watch.longest
 

@@ -14,6 +14,7 @@ from steering.rewards import checkpoints
 from steering.rewards.chat import Ask, Reply
 from steering.rewards.memory import in_batches
 from steering.rewards.networked import at_work, needs_gradient
+from steering.turns import TURN
 
 _TOP = 20
 T = TypeVar("T")
@@ -182,7 +183,7 @@ def load_chat(
         WeightsError: missing or unreadable files, or a model without a chat template.
     """
     key = (source, precision, device)
-    with checkpoints.LOADING:
+    with TURN:  # a second thread finds what the first has loaded
         if key not in _LOADED:
             dtype = checkpoints.dtype_of(precision, reward)
             with checkpoints.building():

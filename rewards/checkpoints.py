@@ -8,7 +8,6 @@ are wrong.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from steering.errors import OptionError, WeightsError
+from steering.turns import TURN
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -25,15 +25,12 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.t
 IMAGES = ("preprocessor_config.json", "processor_config.json")
 _TEXTS = ["*.json", "*.txt", "*.model", "*.jinja"]
 
-LOADING = threading.RLock()
-"""Held where weights are read: a second thread finds what the first one has loaded."""
-
 
 @contextmanager
 def building() -> Iterator[None]:
     """Where a network is made: a backward pass can go through its parameters later, and the random
     weights that loaded ones replace leave the caller's generator as it was."""
-    with LOADING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with TURN, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         yield
 
 

@@ -16,8 +16,9 @@ from steering.rewards import checkpoints, detection_models
 from steering.rewards.base import Reward, register
 from steering.rewards.images import device_name
 from steering.rewards.memory import in_batches
-from steering.rewards.networked import Placed, at_work, needs_gradient
+from steering.rewards.networked import Placed, at_work, needs_gradient, put_away
 from steering.scoring import Scores
+from steering.turns import TURN
 
 _ITEM = re.compile(r"(?:(\d+)\s+)?(\S.*)")
 Wants = tuple[tuple[str, int], ...]
@@ -77,7 +78,7 @@ class _Detection(Reward):
         """This reward, with its weights loaded before any image is made."""
         finder = self._finder(getattr(model, "device", "cpu"))
         if self.offload:
-            finder.model.to("cpu")
+            put_away(finder)
         return self
 
     def score(
@@ -150,7 +151,8 @@ class _Detection(Reward):
 
     def _finder(self, device: torch.device | str) -> detection_models.Finder:
         where = str(self._place(device))
-        return detection_models.load(self.model, self.name, self.precision, where)
+        with TURN:  # a second thread finds what the first has loaded
+            return detection_models.load(self.model, self.name, self.precision, where)
 
     def _place(self, device: torch.device | str) -> torch.device:
         return torch.device(device_name(self.device or device))

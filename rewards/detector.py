@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from steering.rewards.base import Reward, register
+from steering.rewards.checkpoints import building
 from steering.rewards.images import device_name, need_text
 from steering.scoring import Scores
+from steering.turns import TURN
 
 if TYPE_CHECKING:
     from steering.stickers.judge import StickerJudge
@@ -42,7 +44,7 @@ class Detector(Reward):
 
         for prompt in getattr(model, "prompts", ()):
             parse(*need_text([prompt], self.name))
-        _judge(device_name(getattr(model, "device", "cpu")))
+        _shared(getattr(model, "device", "cpu"))
         return self
 
     def score(
@@ -50,7 +52,9 @@ class Detector(Reward):
     ) -> Scores:
         """Correct or not [n] as 1 or 0."""
         records = need_text(prompts, self.name) if metadata is None else list(metadata)
-        verdicts = _judge(device_name(images.device)).judge(images, records)
+        judge = _shared(images.device)
+        with TURN:
+            verdicts = judge.judge(images, records)
         return Scores(
             value=torch.tensor([float(v.correct) for v in verdicts], device=images.device),
             parts={
@@ -62,8 +66,14 @@ class Detector(Reward):
 
 
 @lru_cache(maxsize=2)
+@building()
 def _judge(device: str) -> StickerJudge:
     from steering.stickers.judge import StickerJudge
     from steering.stickers.load import load_detector
 
     return StickerJudge(load_detector().to(device))  # type: ignore[arg-type]
+
+
+def _shared(device: Any) -> StickerJudge:  # noqa: ANN401
+    with TURN:  # a second thread finds what the first has loaded
+        return _judge(device_name(device))

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from steering.errors import OptionError, WeightsError
 from steering.rewards.base import Reward
-from steering.rewards.checkpoints import LOADING, dtype_of, read_weights
+from steering.rewards.checkpoints import dtype_of, read_weights
 from steering.rewards.images import device_name
 from steering.rewards.memory import in_batches
 from steering.scoring import Scores
-from steering.turns import turn_of
+from steering.turns import TURN
 
 
 class Net(Protocol):
@@ -65,7 +65,7 @@ class Networked(Reward):
         """This reward, with its weights loaded before any image is made."""
         net = self._ready(getattr(model, "device", "cpu"))
         if self.offload:
-            net.model.to("cpu")
+            put_away(net)
         return self
 
     def score(
@@ -82,7 +82,7 @@ class Networked(Reward):
         return torch.cat(parts).float().to(images.device)
 
     def _ready(self, device: torch.device | str) -> Any:  # noqa: ANN401
-        with LOADING, torch.inference_mode(False):  # parameters kept for a backward pass later
+        with TURN, torch.inference_mode(False):  # parameters kept for a backward pass later
             return self._load(device_name(self.device or device))
 
     def _load(self, where: str) -> Net:
@@ -109,14 +109,20 @@ class Placed:
 def at_work(net: Net, *, offload: bool) -> Iterator[None]:
     """The network on its device, and back on the CPU afterwards where asked; one thread at a
     time, so that none takes it from under another."""
-    with turn_of(net.model):
+    with TURN:
         if not is_at(net.model, net.device):
             net.model.to(net.device)
         try:
             yield
         finally:
             if offload:
-                net.model.to("cpu")
+                put_away(net)
+
+
+def put_away(net: Net) -> None:
+    """The network goes to the CPU, once nobody works with it."""
+    with TURN:
+        net.model.to("cpu")
 
 
 def is_at(module: torch.nn.Module, device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from steering.rewards.chat_local import LocalChat, load_chat
 from steering.rewards.chat_server import ServerChat, Unfinished
 from steering.rewards.checkpoints import dtype_of
 from steering.rewards.images import device_name, need_text
+from steering.rewards.networked import put_away
 from steering.rewards.wire import RemoteError, Wire
 from steering.scoring import Scores
 
@@ -71,7 +72,7 @@ class Judge(Reward):
         """This reward, with its weights loaded before any image is made."""
         chat = self._chat(getattr(model, "device", "cpu"))
         if self.offload and isinstance(chat, LocalChat):
-            chat.model.to("cpu")
+            put_away(chat)
         return self
 
     def _chat(self, device: torch.device | str) -> Chat:

@@ -150,6 +150,8 @@ def check_prompts(prompt: object) -> None:
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise OptionError(f"prompt {i} must be a non-empty text, got {text!r}.")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise OptionError(f"prompt {i} holds half a surrogate pair, no text: {text!r}.")
 
 
 def _listed(value: object) -> list[object]:

@@ -44,6 +44,7 @@ from steering.requests import (
 )
 from steering.scoring import Scores, score
 from steering.task import Task, ask_all, share_out
+from steering.turns import TURN
 
 Listener = Callable[[Task, Progress], None]
 # A decoder holds far more per row than a network, and wider calls of it are no faster.
@@ -111,6 +112,9 @@ class Engine:
                 task.cancelled = task.outcome is None and task.error is None
                 if task.cancelled and task.run is not None:
                     task.run.close()
+        finally:
+            rest: Callable[[], None] = getattr(self.model, "rest", lambda: None)
+            rest()
 
     def _admit(self, waiting: list[Task], pending: dict[Task, Request]) -> None:
         """Starts tasks while the requests at hand do not fill two batches.
@@ -138,7 +142,7 @@ class Engine:
         """Sends an answer (or throws an error) and notes the next request."""
         assert task.run is not None
         pending.pop(task, None)
-        started, before = time.perf_counter(), task.ledger.seconds
+        started, waited, before = time.perf_counter(), TURN.waited, task.ledger.seconds
         try:
             while True:
                 throw = isinstance(answer, BaseException)
@@ -160,7 +164,8 @@ class Engine:
         if task not in pending:
             self.graphs.release(task)
             self._done.append(task)
-        own = time.perf_counter() - started - (task.ledger.seconds - before)
+        elapsed = time.perf_counter() - started - (TURN.waited - waited)
+        own = elapsed - (task.ledger.seconds - before)
         task.ledger.charge_seconds("own", max(own, 0.0))
 
     def _report(self, task: Task, progress: Progress) -> None:
@@ -313,7 +318,7 @@ class Engine:
 
     def _evaluate(self, batch: Batch, rows: Tensor | None) -> Prediction | Tensor | Scores:
         """One call over the given rows (None: all); charges rows and seconds to their owners."""
-        started, rows_before = time.perf_counter(), self.model.rows
+        started, waited, rows_before = time.perf_counter(), TURN.waited, self.model.rows
         whole = rows is None or (len(rows) == len(batch) and batch.in_order)
         data = batch.data if whole else batch.data[rows]
         answer: Any
@@ -332,7 +337,7 @@ class Engine:
                 prompts, extra = batch.prompts(rows), batch.metadata(rows)
                 answer = score(batch.tasks[0].reward, data, prompts, metadata=extra)
         self._finish_device()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - (TURN.waited - waited)
         batch.charge(rows, self.model.rows - rows_before, seconds, kept)
         return answer
 

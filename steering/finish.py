@@ -145,15 +145,22 @@ class Finisher:
             return describe(pipe)
         return {"source": None, "class": type(self.model).__name__}
 
-    def _recipe(self, task: Task) -> Recipe:
+    @functools.cached_property
+    def _shared(self) -> dict[str, Any]:
+        """What the recipes of all prompts have in common, written down once."""
         call = getattr(self.model, "call_kwargs", {})
         extra = [describe_value(t.metadata) for t in self.tasks]
+        return {
+            "model": self._described,
+            "call": {k: describe_value(v) for k, v in call.items() if k != "prompt"},
+            "prompts": [t.prompt for t in self.tasks],
+            "seeds": [t.seed for t in self.tasks],
+            "metadata": None if all(m is None for m in extra) else extra,
+        }
+
+    def _recipe(self, task: Task) -> Recipe:
         return Recipe(
-            model=self._described,
-            call={k: describe_value(v) for k, v in call.items() if k != "prompt"},
-            prompts=[t.prompt for t in self.tasks],
-            seeds=[t.seed for t in self.tasks],
-            metadata=None if all(m is None for m in extra) else extra,
+            **self._shared,
             prompt=task.index,
             image=0,
             method={"name": task.method.name, "options": _json_options(task)},

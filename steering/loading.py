@@ -11,6 +11,7 @@ import torch
 
 from steering.errors import OptionError, WeightsError
 from steering.recipe import describe_value, fingerprint
+from steering.turns import TURN
 
 EMBEDDED = "stickers"
 """The model that ships with the package and is used unless another is named."""
@@ -49,7 +50,8 @@ def load(
         OptionError: an option that does not exist, or that the autoencoder does not have.
     """
     _check_options(attention, compile, vae, channels_last)
-    pipe = _open(source, dtype, device)
+    with TURN:  # meanwhile the default dtype is another
+        pipe = _open(source, dtype, device)
     _lay_out(pipe, channels_last)
     if vae is not None:
         _save_memory(pipe, vae)

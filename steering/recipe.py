@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -195,15 +196,14 @@ def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` on success and vanishes on failure."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    # Not by mkstemp, whose files are private: results should be as readable as any other file, and
+    # only the kernel knows the umask without changing it for other threads.
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; a file of that name cannot be written.")
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        # mkstemp makes files private; results should be as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

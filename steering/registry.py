@@ -7,12 +7,12 @@ the first look-up; third parties join through entry points of the same group.
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from steering.errors import OptionError, unknown_name
+from steering.turns import TURN
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -30,7 +30,6 @@ class Registry:
         self.kind, self.package, self.group = kind, package, group
         self._entries: dict[str, Any] = {}
         self._loaded = False
-        self._loading = threading.RLock()
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds a class or function under a name."""
@@ -45,7 +44,7 @@ class Registry:
 
     def load(self) -> None:
         """Imports the built-in package and lists other distributions' entry points."""
-        with self._loading:  # other threads wait for all names; modules being imported may ask
+        with TURN:  # other threads wait for all names; modules being imported may ask
             if self._loaded:
                 return
             self._loaded = True

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from steering.method import Method, build_method
 from steering.recipe import Recipe, package_versions, read
 from steering.result import Result
 from steering.scoring import recipe_reward
+
+_REPLAYING = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -156,13 +159,14 @@ def _pipe(recipe: Recipe, pipe: Any) -> Any:  # noqa: ANN401
 @contextlib.contextmanager
 def _threads(wanted: object) -> Iterator[None]:
     """The recipe's number of CPU threads: sums are split by it, which shows in the last bits."""
-    before = torch.get_num_threads()
-    try:
-        if isinstance(wanted, int) and wanted > 0:
-            torch.set_num_threads(wanted)
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with _REPLAYING:  # the number is the process's: others that replay would put back this one
+        before = torch.get_num_threads()
+        try:
+            if isinstance(wanted, int) and wanted > 0:
+                torch.set_num_threads(wanted)
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _compare(path: Any, recipe: Recipe, result: Result, out: Any) -> Replay:  # noqa: ANN401

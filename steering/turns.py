@@ -1,22 +1,49 @@
-"""Threads that share a pipeline, a network or a reward take turns."""
+"""Threads use networks one after another.
+
+A call of a network is never quite alone: pipelines move weights, freeze parameters, scale LoRAs
+and set the padding of tokenizers; attention kernels are chosen, and loading sets the default dtype
+and the filters of warnings, for the whole process. Nothing of that belongs to a thread, and much
+of it is shared by pipelines that look separate. So all of it happens in turn.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
-from weakref import WeakKeyDictionary
-
-from torch import nn
-
-_MAKING = threading.Lock()
-_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+import time
 
 
-def turn_of(network: nn.Module) -> threading.RLock:
-    """The lock of a network.
+class Turn:
+    """A re-entrant lock that knows how long each thread has waited for it.
 
-    Held while a pipeline's own code runs, while parameters are frozen and while a reward scores:
-    offloading moves weights, encoders scale their LoRAs and caches keep states between calls, all
-    on modules that other threads may be using.
+    A process that was forked begins with a free one: who held it has stayed behind.
     """
-    with _MAKING:
-        return _TURNS.setdefault(network, threading.RLock())
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this thread has waited so far."""
+        return getattr(self._own, "waited", 0.0)
+
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            return
+        started = time.perf_counter()
+        self._lock.acquire()
+        self._own.waited = self.waited + time.perf_counter() - started
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+TURN = Turn()
+"""Held while a pipeline's own code runs, while a reward's network works and while weights are
+read. Never held while something from outside is waited for."""

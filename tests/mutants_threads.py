@@ -1,4 +1,4 @@
-"""Mutants of what keeps threads that share a pipeline apart."""
+"""Mutants of what keeps threads apart."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from mutant import Mutant
 
 HERE = "tests/test_threads.py::test_"
 ALONE = (f"{HERE}threads_that_share_a_pipeline_get_what_each_gets_alone",)
+ROUND = (f"{HERE}a_model_passes_from_thread_to_thread_and_leaves_nothing_behind",)
+ONCE = (f"{HERE}a_reward_is_loaded_once_and_scores_for_one_thread_at_a_time",)
 
 MUTANTS = (
     Mutant(
-        "threads: a lock of each pipeline's own",
-        "steering/turns.py",
-        "return _TURNS.setdefault(network, threading.RLock())",
-        "return threading.RLock()",
-        (f"{HERE}pipelines_that_share_a_network_take_turns",),
+        "threads: pipelines run at will",
+        "steering/pipelines/frame.py",
+        "with TURN, torch.set_grad_enabled(grad):",
+        "with torch.set_grad_enabled(grad):",
+        ("tests/test_threads.py::test_a_call_of_the_pipeline_waits_for_its_turn",),
     ),
     Mutant(
         "threads: every thread's rows are counted",
@@ -25,43 +27,98 @@ MUTANTS = (
     Mutant(
         "threads: hooks go while others call",
         "steering/pipelines/meter.py",
-        "        with self.turn:\n            for hook in",
+        "        with TURN:\n            for hook in",
         "        if True:\n            for hook in",
         ALONE,
     ),
     Mutant(
         "threads: decoding beside another's frozen parameters",
         "steering/pipelines/wrap.py",
-        "with self._meter.turn:  # torch",
+        "with TURN:  # torch",
         "if True:  # torch",
-        ALONE,
+        (f"{HERE}pipelines_that_share_parts_take_turns",),
     ),
     Mutant(
-        "threads: attention chosen by two at once",
-        "kernels/short_attention.py",
-        "with _MODE, sdpa_kernel(SDPBackend.MATH):",
-        "with sdpa_kernel(SDPBackend.MATH):",
-        (f"{HERE}the_choice_of_attention_is_put_back_when_threads_leave_in_another_order",),
+        "threads: an interrupt leaves parameters frozen",
+        "steering/pipelines/frozen.py",
+        """    try:
+        for parameter in live:
+            parameter.requires_grad_(False)
+        yield""",
+        """    for parameter in live:
+        parameter.requires_grad_(False)
+    try:
+        yield""",
+        (f"{HERE}what_is_frozen_comes_back_after_an_interrupt_half_way",),
+    ),
+    Mutant(
+        "threads: frames go by the number of their thread",
+        "steering/pipelines/script.py",
+        "key = (threading.current_thread(), conds)",
+        "key = (threading.get_ident(), conds)",
+        ROUND,
+    ),
+    Mutant(
+        "threads: frames outlive their thread",
+        "steering/engine.py",
+        "            rest()\n",
+        "            pass\n",
+        ROUND,
+    ),
+    Mutant(
+        "threads: waiting is charged",
+        "steering/engine.py",
+        "seconds = time.perf_counter() - started - (TURN.waited - waited)",
+        "seconds = time.perf_counter() - started",
+        (f"{HERE}waiting_for_others_is_no_time_of_the_run",),
+    ),
+    Mutant(
+        "threads: a forked process waits for one that stayed behind",
+        "steering/turns.py",
+        "os.register_at_fork(after_in_child=self._renew)",
+        "pass",
+        (f"{HERE}a_forked_process_begins_with_a_free_turn",),
+    ),
+    Mutant(
+        "threads: replays put back each other's number of threads",
+        "steering/repeat.py",
+        "with _REPLAYING:  # the",
+        "if True:  # the",
+        (f"{HERE}replays_side_by_side_leave_the_number_of_threads_as_it_was",),
     ),
     Mutant(
         "threads: names looked up while they are registered",
         "steering/registry.py",
-        "with self._loading:  # other",
+        "with TURN:  # other",
         "if True:  # other",
         (f"{HERE}threads_that_come_first_together_all_find_every_name",),
     ),
     Mutant(
         "threads: a reward loaded by each",
         "rewards/networked.py",
-        "with LOADING, torch.inference_mode(False):  # parameters",
+        "with TURN, torch.inference_mode(False):  # parameters",
         "with torch.inference_mode(False):  # parameters",
-        (f"{HERE}a_reward_is_loaded_once_and_scores_for_one_thread_at_a_time",),
+        ONCE,
     ),
     Mutant(
         "threads: a reward moved from under another",
         "rewards/networked.py",
-        "with turn_of(net.model):",
-        "if True:",
-        (f"{HERE}a_reward_is_loaded_once_and_scores_for_one_thread_at_a_time",),
+        "    with TURN:\n        if not is_at(",
+        "    if True:\n        if not is_at(",
+        ONCE,
+    ),
+    Mutant(
+        "threads: a detector read by each",
+        "rewards/detector.py",
+        "with TURN:  # a second",
+        "if True:  # a second",
+        (f"{HERE}the_detector_is_read_once",),
+    ),
+    Mutant(
+        "threads: pipelines loaded side by side",
+        "steering/loading.py",
+        "with TURN:  # meanwhile",
+        "if True:  # meanwhile",
+        (f"{HERE}pipelines_are_loaded_by_several_threads_at_once",),
     ),
 )

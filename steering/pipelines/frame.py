@@ -26,6 +26,7 @@ from torch import Tensor
 
 from steering.errors import PipelineError
 from steering.paths import Time
+from steering.turns import TURN
 
 if TYPE_CHECKING:
     from steering.pipelines.script import Script
@@ -333,7 +334,7 @@ class Frame:
     def _switch(self, value: tuple, grad: bool) -> Any:
         self.greenlet.parent = getcurrent()
         # The grad mode is the thread's, greenlets share it.
-        with self.script.turn, torch.set_grad_enabled(grad):
+        with TURN, torch.set_grad_enabled(grad):
             return self.greenlet.switch(*value)
 
     def close(self) -> None:

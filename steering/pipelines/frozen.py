@@ -16,9 +16,9 @@ def frozen(pipe: Any, grad: bool) -> Iterator[None]:  # noqa: ANN401
     parts = pipe.components.values() if grad else ()
     modules = [part for part in parts if isinstance(part, torch.nn.Module)]
     live = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in live:
-        parameter.requires_grad_(False)
     try:
+        for parameter in live:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in live:

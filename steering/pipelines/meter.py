@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steering.errors import PipelineError
-from steering.turns import turn_of
+from steering.turns import TURN
 
 _DENOISER = re.compile(r"(transformer|unet|prior|dit|denoiser)(_\d+)?$")
 
@@ -48,17 +48,15 @@ class Meter:
     Attributes:
         rows: network rows so far.
         probes: rows spent on finding out how the pipeline behaves.
-        turn: the networks' lock.
     """
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
         self.rows = self.probes = 0
-        self.turn = turn_of(next(iter(networks.values())))
         self.closed = False
         self._counter: str | None = None
         self._thread: int | None = None
         hook: Any = torch.compiler.disable(self._count)
-        with self.turn:  # a hook is registered in two steps, which a call must not fall between
+        with TURN:  # a hook is registered in two steps, which a call must not fall between
             self._hooks = [
                 net.register_forward_pre_hook(hook, with_kwargs=True) for net in networks.values()
             ]
@@ -70,8 +68,8 @@ class Meter:
     @contextmanager
     def on(self, counter: str = "rows") -> Iterator[None]:
         """Counts the calls made inside, by this thread; not those of the user's own pipeline
-        beside it. Held by one thread at a time."""
-        with self.turn:
+        beside it. One thread at a time."""
+        with TURN:
             before = self._counter, self._thread
             self._counter, self._thread = counter, threading.get_ident()
             try:
@@ -81,6 +79,6 @@ class Meter:
 
     def close(self) -> None:
         self.closed = True
-        with self.turn:
+        with TURN:
             for hook in self._hooks:
                 hook.remove()

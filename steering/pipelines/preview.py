@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from steering.errors import OptionError, WeightsError
+from steering.turns import TURN
 
 
 def open_preview(pipe: Any, decoder: Any) -> nn.Module:
@@ -31,7 +32,8 @@ def open_preview(pipe: Any, decoder: Any) -> nn.Module:
         from diffusers import AutoencoderTiny
 
         try:
-            decoder = AutoencoderTiny.from_pretrained(str(decoder), local_files_only=True)
+            with TURN:
+                decoder = AutoencoderTiny.from_pretrained(str(decoder), local_files_only=True)
         except Exception as error:
             raise WeightsError(
                 f"preview_decoder: {decoder} is no folder of an AutoencoderTiny: {error}"

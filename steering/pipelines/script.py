@@ -19,10 +19,8 @@ from steering.errors import PipelineError
 from steering.noise import NoiseKey
 from steering.paths import Time
 from steering.pipelines.frame import Frame, Query, RowTimes, inverted
-from steering.pipelines.meter import denoisers
 from steering.pipelines.prompts import Arguments, PromptMemo
 from steering.pipelines.schedule import Schedule, read_schedule
-from steering.turns import turn_of
 
 _MAX_FRAMES = 32
 _MAX_ROWS = 256
@@ -44,12 +42,10 @@ class Script:
         schedule: None until the first frame has looked.
         prepared: what prepare_latents returned beside its latents, by width.
         event_shape: shape of one state in the loop.
-        turn: the networks' lock, held while the pipeline's code runs.
     """
 
     def __init__(self, pipe: Any, arguments: Arguments, name: str) -> None:
         self.pipe, self.arguments, self.name = pipe, arguments, name
-        self.turn = turn_of(next(iter(denoisers(pipe).values())))
         self.call = inverted(type(pipe).__call__)
         self.scheduler = copy.deepcopy(pipe.scheduler)
         #: of set_timesteps and step, which every frame needs
@@ -134,7 +130,8 @@ class Script:
                 return frame.ask(query, grad=True)
             finally:
                 frame.close()  # a parked frame would keep the graph alive
-        key = (threading.get_ident(), conds)  # a greenlet belongs to its thread
+        # A greenlet belongs to its thread; the number of one that has ended is given again.
+        key = (threading.current_thread(), conds)
         frame = self._frames.pop(key, None)
         if frame is None:
             frame = Frame(self, conds, query, generator=self.seed(len(conds)))
@@ -160,6 +157,12 @@ class Script:
         while len(self.prepared) > _MAX_WIDTHS:
             self.prepared.popitem(last=False)
         return value
+
+    def rest(self) -> None:
+        """Frees the frames of this thread, which no other could unwind once it has ended."""
+        here = threading.current_thread()
+        for key in [key for key in self._frames if key[0] is here]:
+            self._frames.pop(key).close()
 
     def close(self) -> None:
         """Frees all parked frames."""

@@ -28,6 +28,7 @@ from steering.pipelines.preview import open_preview
 from steering.pipelines.prompts import Arguments
 from steering.pipelines.schedule import Schedule
 from steering.pipelines.script import Script
+from steering.turns import TURN
 
 
 def wrap(
@@ -43,7 +44,8 @@ def wrap(
 
     Args:
         pipe: the pipeline; it is not changed, and can be used between runs. Threads may steer with
-            one pipeline at once, each by a model of its own: their network calls take turns.
+            one pipeline at once, each by a model of its own: their calls take turns. Your own
+            ``pipe(...)`` does not; call it within ``steering.turns.TURN`` where others run.
         mixed_times: whether rows at different times may share a batch; "auto" finds out.
         max_batch: most rows of one frame (guidance may double them inside).
         name: for reports, and for rewards that have weights of their own for a model; by default
@@ -321,7 +323,7 @@ class WrappedPipeline:
         self._check_rows(x0, [self.grid().times[0]] * n, [0] * n)
         x0 = (x0 if grad else x0.detach()).to(self.device)
         decode = self._decode if grad else self._decode_short
-        with self._meter.turn:  # torch multiplies in another order where parameters are frozen
+        with TURN:  # torch multiplies in another order where parameters are frozen
             if n <= (self.max_batch or n):
                 return decode(x0, grad, small)
             return torch.cat([decode(part, grad, small) for part in x0.split(self.max_batch or n)])
@@ -380,8 +382,14 @@ class WrappedPipeline:
 
     def close(self) -> None:
         """Frees parked frames and removes the row counters from the networks."""
-        self._script.close()
-        self._meter.close()
+        try:
+            self._script.close()
+        finally:
+            self._meter.close()
+
+    def rest(self) -> None:
+        """Frees what this thread has parked; later calls begin anew."""
+        self._script.rest()
 
     def __enter__(self) -> WrappedPipeline:
         return self

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from steering.turns import TURN
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from open_clip import CLIP
@@ -145,7 +147,7 @@ def _open(folder: Path, marker: str, read: Callable[[], _T]) -> _T:
     if not (folder / marker).is_file():
         raise WeightsError(f"Sticker weights are missing: {folder / marker}. {way_out}")
     try:
-        with torch.random.fork_rng(devices=[]):  # loaded weights replace random ones
+        with TURN, torch.random.fork_rng(devices=[]):  # loaded weights replace random ones
             return read()
     except Exception as error:
         raise WeightsError(
@@ -160,15 +162,13 @@ def quiet(*names: str) -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    bars = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+    with TURN, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
-        for module in bars:
-            module.disable_progress_bar()
-            stack.callback(module.enable_progress_bar)
-        for logger, level in zip(loggers, levels, strict=True):
+        for module in (diffusers_logging, transformers_logging):
+            if module.is_progress_bar_enabled():
+                module.disable_progress_bar()
+                stack.callback(module.enable_progress_bar)
+        for logger in map(logging.getLogger, names):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-            stack.callback(logger.setLevel, level)
         yield
