@@ -20,8 +20,8 @@ MUTANTS = (
     Mutant(
         "loading a reward draws from the caller's generator",
         "rewards/checkpoints.py",
-        "with torch.inference_mode(False), torch.random.fork_rng(devices=[]):",
-        "with torch.inference_mode(False):",
+        "with TURN, torch.inference_mode(False), torch.random.fork_rng(devices=[]):",
+        "with TURN, torch.inference_mode(False):",
         (
             "tests/test_rewards_clip.py::test_loading_leaves_the_callers_random_state",
             "tests/test_rewards_vqascore.py::test_loading_leaves_the_callers_random_state",
