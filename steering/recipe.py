@@ -188,7 +188,9 @@ def read(path: str | os.PathLike[str]) -> Recipe:
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     """Writes a picture with its recipe, whole or not at all."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, json.dumps(recipe.to_json()), zip=True)
+    text = json.dumps(recipe.to_json())
+    # Readers take no more than this from a compressed text (thousands of prompts in a call).
+    info.add_itxt(CHUNK, text, zip=len(text) < PngImagePlugin.MAX_TEXT_CHUNK)
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

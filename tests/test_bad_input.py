@@ -29,6 +29,7 @@ def scored(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 BAD = {
     "empty prompt": ({"prompt": ""}, "prompt 0 must be a non-empty text, got ''"),
     "blank prompt": ({"prompt": "  \n"}, "prompt 0 must be a non-empty text"),
+    "half a surrogate pair": ({"prompt": "a \ud83e"}, "prompt 0 holds half a surrogate pair"),
     "prompt is a number": ({"prompt": 5}, "prompt must be a text or a list of texts, got 5"),
     "prompt is bytes": ({"prompt": b"a"}, "prompt must be a text or a list of texts"),
     "no prompts": ({"prompt": []}, "prompt must be a text or a list of texts"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 import steering
 from steering.apps.comparison import Entry, tabulate
-from steering.errors import RecipeError
+from steering.errors import OptionError, RecipeError
 from steering.loading import describe, load_again, setup_of
 from steering.recipe import read, write_png
 from tests.tiny_pipelines import build
@@ -77,6 +77,27 @@ def test_damaged_values_are_one_clear_error(made, tmp_path, changes, message):
         write_png(image, tmp_path / "bad.png", replace(read(file), **changes))
     with pytest.raises(RecipeError, match=message):
         steering.replay(tmp_path / "bad.png", pipe=pipe)
+
+
+def test_the_recipe_of_thousands_of_prompts_can_be_read(made, tmp_path):
+    _, file = made
+    prompts = [
+        f"a photo of a fox, take {i} of very many " + "in the snow " * 10 for i in range(9000)
+    ]
+    large = replace(read(file), prompts=prompts, seeds=list(range(9000)))
+    with Image.open(file) as image:
+        write_png(image, tmp_path / "large.png", large)
+    assert read(tmp_path / "large.png") == large
+
+
+def test_a_folder_where_a_picture_should_be_written(made, tmp_path):
+    pipe, _ = made
+    (tmp_path / "000.png").mkdir()
+    with pytest.raises(OptionError, match=r"000\.png is a folder"):
+        steering.steer(pipe, "a fox", reward="brightness", nfe=8, num_inference_steps=2).save(
+            tmp_path
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["000.png"]
 
 
 def test_a_table_with_a_run_that_was_stopped_before_its_verdict(made):
