@@ -20,6 +20,10 @@ class Model(Protocol):
     ``cond`` is the index of a prompt in ``prompts``: one number for all rows, or one per row.
     States x are float32 (float64 for analytic models), [n, *event_shape].
 
+    Two more methods are used where they exist: ``decode_preview``, which is ``decode`` by a
+    smaller decoder for estimates on the way, and ``rest()``, called at the end of a run, which
+    frees what the model holds for the calling thread.
+
     Attributes:
         name: for reports.
         path: the noising path in the model's own coordinates.
