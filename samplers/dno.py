@@ -50,6 +50,7 @@ class DNO(NoiseOptimisation):
     needs_stochastic: ClassVar[bool] = True  # but for variables="initial"
     presets: ClassVar[dict[str, dict[str, object]]] = {
         "paper": {"n_iterations": 100},
+        # The authors draw 4 on each of at least two processes; 16 is ours.
         "black-box": {"estimator": "hybrid", "n_perturbations": 16},
     }
 

@@ -7,7 +7,8 @@ GUIDES: dict[str, dict[str, object]] = {
     "dps": {"space": "state", "normalise": "value"},
     # Loss-guided diffusion: the same with f averaged over noise of the size of the level.
     "lgd": {"space": "state", "normalise": "value", "smoothing": 1.0, "n_draws": 4},
-    # FreeDoM: repeats every step after noising its result again.
+    # FreeDoM: repeats every step after noising its result again. Its schedule is the authors', rho
+    # and the number of repeats are ours.
     "freedom": {
         "space": "state",
         "schedule": "increase",
