@@ -190,6 +190,9 @@ def differences(recipe: Recipe, again: Mapping[str, Any]) -> list[str]:
     old = {**recipe.engine, "deduplicate": recipe.engine.get("deduplicate", False)}
     pairs = {k: (old.get(k), again["engine"].get(k)) for k in _DECISIVE}
     pairs |= {k: (recipe.model.get(k), again["model"].get(k)) for k in ("dtype", "device")}
+    ready, mine = recipe.model.get("setup"), again["model"].get("setup", {})
+    if isinstance(ready, dict):
+        pairs |= {k: (ready.get(k), value) for k, value in mine.items()}
     found = {k: pair for k, pair in pairs.items() if pair[0] is not None}
     versions, here = recipe.versions, again["versions"]
     if isinstance(versions, dict):

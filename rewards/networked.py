@@ -18,7 +18,7 @@ from steering.rewards.checkpoints import dtype_of, read_weights
 from steering.rewards.images import device_name
 from steering.rewards.memory import in_batches
 from steering.scoring import Scores
-from steering.turns import TURN
+from steering.turns import TURN, in_turn
 
 
 class Net(Protocol):
@@ -109,7 +109,7 @@ class Placed:
 def at_work(net: Net, *, offload: bool) -> Iterator[None]:
     """The network on its device, and back on the CPU afterwards where asked; one thread at a
     time, so that none takes it from under another."""
-    with TURN:
+    with in_turn():
         if not is_at(net.model, net.device):
             net.model.to(net.device)
         try:

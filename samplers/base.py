@@ -240,7 +240,8 @@ def reaches(reward: float, goal: float | None) -> bool:
 
     Rewards are float32, in which a goal such as 0.9 may lie a little lower.
     """
-    return goal is not None and reward >= min(goal, float(np.float32(goal)))
+    with np.errstate(over="ignore"):  # beyond float32 there is nothing but the goal itself
+        return goal is not None and reward >= min(goal, float(np.float32(goal)))
 
 
 def tilt(reward: Tensor, reward_scale: float | None) -> Tensor:

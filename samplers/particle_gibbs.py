@@ -78,7 +78,8 @@ class ParticleGibbs(Sampler):
 
     The samples of all sweeps that have collected weight are delivered, each once, with it; the
     best one is always among them. A sweep that finds no sample of positive weight (rewards of
-    -inf) is followed by another without a kept path; then there is no estimate of the normaliser.
+    -inf) is followed by another without a kept path, as far as what all sweeps may cost pays for
+    it; then there is no estimate of the normaliser.
     """
 
     n_particles: int | None = None
@@ -209,15 +210,13 @@ class ParticleGibbs(Sampler):
             chosen = multinomial(w, 1, ctx.key(_name("reference", sweep)))
             pool.prune([numbers[int(chosen)]])
             reference = replace(state.gather(chosen), prediction=None)
-            info = {
-                "sweep": sweep,
-                "rewards": state.memory["reward"],
-                "ess": ess(state.log_w),
-                "reference": int(chosen),
-            }
+            info = {"sweep": sweep, "rewards": state.memory["reward"],
+                    "ess": ess(state.log_w), "reference": int(chosen)}  # fmt: skip
             yield Progress(step=sweep + 1, of=self.iterations, info=info)
-        if missed is not None and not any(pool.weight.values()):
+        if reference is None and missed is not None:
             raise missed
+        if not any(pool.weight.values()):  # misses took the sweeps after burn_in: one draw is left
+            pool.weigh(reference.memory["number"].tolist(), [1.0])
         return pool.outcome(ctx.model.device, log_z)
 
     def sweep(

@@ -12,6 +12,7 @@ from torch import nn
 from steering.errors import OptionError
 from steering.kernels.attention import BACKENDS, Choice, choose, within
 from steering.pipelines.meter import denoisers
+from steering.turns import TURN
 
 logger = logging.getLogger("steering")
 
@@ -33,9 +34,10 @@ def use_attention(pipe: Any, prefer: str = "auto") -> Choice:
     one = next(iter(networks.values()))
     like = next(one.parameters())
     shapes = sorted({s for network in networks.values() for s in head_shapes(network)})
-    choice = choose(like.device, like.dtype, shapes=shapes or [(8, 64)], prefer=prefer)
-    for network in networks.values():
-        _give(network, choice.backend)
+    with TURN:  # what is tried is set for the process
+        choice = choose(like.device, like.dtype, shapes=shapes or [(8, 64)], prefer=prefer)
+        for network in networks.values():
+            _give(network, choice.backend)
     logger.info(choice.line)
     return choice
 

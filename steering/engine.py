@@ -44,7 +44,7 @@ from steering.requests import (
 )
 from steering.scoring import Scores, score
 from steering.task import Task, ask_all, share_out
-from steering.turns import TURN
+from steering.turns import waited
 
 Listener = Callable[[Task, Progress], None]
 # A decoder holds far more per row than a network, and wider calls of it are no faster.
@@ -142,7 +142,7 @@ class Engine:
         """Sends an answer (or throws an error) and notes the next request."""
         assert task.run is not None
         pending.pop(task, None)
-        started, waited, before = time.perf_counter(), TURN.waited, task.ledger.seconds
+        started, before = _clock(), task.ledger.seconds
         try:
             while True:
                 throw = isinstance(answer, BaseException)
@@ -164,8 +164,7 @@ class Engine:
         if task not in pending:
             self.graphs.release(task)
             self._done.append(task)
-        elapsed = time.perf_counter() - started - (TURN.waited - waited)
-        own = elapsed - (task.ledger.seconds - before)
+        own = _clock() - started - (task.ledger.seconds - before)
         task.ledger.charge_seconds("own", max(own, 0.0))
 
     def _report(self, task: Task, progress: Progress) -> None:
@@ -232,10 +231,10 @@ class Engine:
 
     def _gradients(self, tasks: list[Task], requests: list[Any]) -> list[Any]:
         """Derivatives or an error per task; seconds and recomputed rows are split by rows."""
-        started, before = time.perf_counter(), self.model.rows
+        started, before = _clock(), self.model.rows
         answers = self.graphs.differentiate(tasks, requests)
         self._finish_device()
-        seconds, again = time.perf_counter() - started, self.model.rows - before
+        seconds, again = _clock() - started, self.model.rows - before
         total = sum(rows_of(r) for r in requests)
         for task, request in zip(tasks, requests, strict=True):
             share = rows_of(request) / total
@@ -318,7 +317,7 @@ class Engine:
 
     def _evaluate(self, batch: Batch, rows: Tensor | None) -> Prediction | Tensor | Scores:
         """One call over the given rows (None: all); charges rows and seconds to their owners."""
-        started, waited, rows_before = time.perf_counter(), TURN.waited, self.model.rows
+        started, rows_before = _clock(), self.model.rows
         whole = rows is None or (len(rows) == len(batch) and batch.in_order)
         data = batch.data if whole else batch.data[rows]
         answer: Any
@@ -337,7 +336,7 @@ class Engine:
                 prompts, extra = batch.prompts(rows), batch.metadata(rows)
                 answer = score(batch.tasks[0].reward, data, prompts, metadata=extra)
         self._finish_device()
-        seconds = time.perf_counter() - started - (TURN.waited - waited)
+        seconds = _clock() - started
         batch.charge(rows, self.model.rows - rows_before, seconds, kept)
         return answer
 
@@ -363,6 +362,11 @@ class Engine:
             torch.cuda.synchronize(self.model.device)
 
 
+def _clock() -> float:
+    """Seconds that this thread has not spent waiting for others."""
+    return time.perf_counter() - waited()
+
+
 def _call_of(batch: Batch, call: Callable[..., Any]) -> Callable[..., Any]:
     """A call of the model; a checkpointed one keeps its input only and runs again backwards."""
     call = functools.partial(call, grad=batch.grad)
@@ -375,8 +379,14 @@ def _undecoded(model: Model, states: Tensor, error: Exception) -> Exception:
     """What a decoder's failure is to the user: the states are not lost with it."""
     if isinstance(error, SteeringError):
         return error
-    tiles = "Let it work in tiles: `steering.load(..., vae='tiling')`."
-    return DecodeError(model.name, states, error, tiles if out_of_memory(error) else "")
+    parts = [
+        f"{model.name} could not decode {len(states)} states: {type(error).__name__}: {error}."
+    ]
+    if out_of_memory(error):
+        parts.append("Let it work in tiles: `steering.load(..., vae='tiling')`.")
+    found = DecodeError(" ".join([*parts, "What it was given is in `.states` of this error."]))
+    found.states, found.__cause__ = states, error
+    return found
 
 
 def _shared(task: Task, request: Request) -> tuple[object, ...]:

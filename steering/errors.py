@@ -62,15 +62,7 @@ class DecodeError(SteeringError):
     all network calls made so far. ``model.decode(error.states)`` makes pictures of them.
     """
 
-    def __init__(self, name: str, states: Tensor, cause: Exception, way_out: str = "") -> None:
-        parts = (
-            f"{name} could not decode {len(states)} states: {type(cause).__name__}: {cause}.",
-            way_out,
-            "What it was given is kept in `.states` of this error.",
-        )
-        super().__init__(" ".join(filter(None, parts)))
-        self.states = states
-        self.__cause__ = cause
+    states: Tensor | None = None
 
 
 class RecipeError(SteeringError):

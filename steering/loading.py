@@ -16,8 +16,8 @@ from steering.turns import TURN
 EMBEDDED = "stickers"
 """The model that ships with the package and is used unless another is named."""
 SHIPPED = (EMBEDDED, "stickers-sd", "stickers-turbo")
-_SAVINGS = ("slicing", "tiling")
 """All models that ship with the package."""
+_SAVINGS = ("slicing", "tiling")
 
 
 def load(
@@ -200,6 +200,8 @@ def describe(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
         None,
     )
     scheduler = getattr(pipe, "scheduler", None)
+    with TURN:  # others freeze its parameters for a while
+        setup = setup_of(pipe)
     return {
         "source": source_of(pipe),
         "class": type(pipe).__name__,
@@ -207,15 +209,17 @@ def describe(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
         "device": str(getattr(pipe, "device", "cpu")),
         "scheduler": None if scheduler is None else _scheduler(scheduler),
         "fingerprint": None if network is None else fingerprint(network),
-        "setup": setup_of(pipe),
+        "setup": setup,
     }
 
 
 def setup_of(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
     """How a pipeline was made ready, which shows in the last bits of its pictures.
 
-    ``frozen`` names the components without trainable parameters: torch multiplies in another
-    order where a weight wants a gradient, under ``no_grad`` too.
+    ``channels_last`` and ``frozen`` name components, the latter those without any trainable
+    parameter: torch multiplies in another order where a weight wants a gradient, under ``no_grad``
+    too. What else was done to modules (processors of attention, some parameters frozen) is not
+    seen.
     """
     from steering.compiled import Bucketed
 
@@ -225,15 +229,16 @@ def setup_of(pipe: Any) -> dict[str, Any]:  # noqa: ANN401
     return {
         "attention": getattr(network, "_chosen_attention", "native"),
         "compile": forward.mode if isinstance(forward, Bucketed) else False,
-        "channels_last": vae is not None and any(map(_is_channels_last, vae.parameters())),
+        "channels_last": sorted(n for n, p in parts.items() if _is_channels_last(p)),
         **{what: bool(getattr(vae, f"use_{what}", False)) for what in _SAVINGS},
         "frozen": sorted(n for n, p in parts.items() if not _trains(p)),
     }
 
 
-def _is_channels_last(weight: torch.Tensor) -> bool:
-    last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return last and not weight.is_contiguous()
+def _is_channels_last(part: torch.nn.Module) -> bool:
+    last = torch.channels_last
+    weights = (p for p in part.parameters() if p.ndim == 4 and not p.is_contiguous())
+    return any(weight.is_contiguous(memory_format=last) for weight in weights)
 
 
 def _trains(part: torch.nn.Module) -> bool:
@@ -243,15 +248,17 @@ def _trains(part: torch.nn.Module) -> bool:
 def load_again(model: dict[str, Any]) -> Any:  # noqa: ANN401
     """The pipeline that :func:`describe` described, opened from its source."""
     setup = model.get("setup") or {}
-    options = {k: setup[k] for k in ("attention", "compile", "channels_last") if k in setup}
+    options = {k: setup[k] for k in ("attention", "compile") if k in setup}
+    options |= {"channels_last": False} if "channels_last" in setup else {}
     pipe = load(model["source"], dtype=model["dtype"], device=model["device"], **options)
     for what in _SAVINGS:
         enable = getattr(getattr(pipe, "vae", None), f"enable_{what}", None)
         if setup.get(what) and enable is not None:
             enable()
-    for name in setup.get("frozen", ()):
-        part = pipe.components.get(name)
-        if isinstance(part, torch.nn.Module):
+    for name, part in pipe.components.items():
+        if name in setup.get("channels_last", ()):
+            part.to(memory_format=torch.channels_last)
+        if name in setup.get("frozen", ()):
             part.requires_grad_(False)
     return pipe
 

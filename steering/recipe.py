@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 import secrets
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from steering.errors import OptionError, RecipeError
 FORMAT = "steering-recipe"
 VERSION = 1
 CHUNK = "steering"
+_PACKED, _MOST = "zlib:", 2**26
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "pillow")
 
 
@@ -94,9 +97,7 @@ class Recipe:
                 raise RecipeError(f"{where}: damaged recipe, {name!r} is not a {kind.__name__}.")
         if not 0 <= self.prompt < len(self.prompts) or len(self.seeds) != len(self.prompts):
             raise RecipeError(f"{where}: damaged recipe, prompt {self.prompt} is out of range.")
-        setup = self.model.get("setup", {})
-        if not isinstance(setup, dict) or not isinstance(setup.get("frozen", []), list):
-            raise RecipeError(f"{where}: damaged recipe, model.setup is no description.")
+        self._check_setup(where)
         extra = self.metadata
         if extra is not None and not (isinstance(extra, list) and len(extra) == len(self.prompts)):
             raise RecipeError(f"{where}: damaged recipe, metadata is not one per prompt.")
@@ -106,6 +107,16 @@ class Recipe:
             raise RecipeError(f"{where}: damaged recipe, engine.max_batch is no number.")
         if self.image < 0 or "name" not in self.method or "options" not in self.method:
             raise RecipeError(f"{where}: damaged recipe, no method or image index.")
+
+    def _check_setup(self, where: str) -> None:
+        setup = self.model.get("setup", {})
+        kinds: dict[str, Any] = {"attention": str, "compile": str | bool}
+        kinds |= dict.fromkeys(("slicing", "tiling"), bool)
+        kinds |= dict.fromkeys(("channels_last", "frozen"), list)
+        if not isinstance(setup, dict) or not all(
+            isinstance(setup[name], kind) for name, kind in kinds.items() if name in setup
+        ):
+            raise RecipeError(f"{where}: damaged recipe, model.setup is no description.")
 
 
 def package_versions() -> dict[str, str]:
@@ -179,18 +190,30 @@ def read(path: str | os.PathLike[str]) -> Recipe:
             "editing or re-saving a picture usually strips it."
         )
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(_unpacked(text) if text.startswith(_PACKED) else text)
+    except (ValueError, zlib.error) as error:
         raise RecipeError(f"{file}: the recipe is damaged ({error}).") from error
     return Recipe.from_json(data, str(file))
+
+
+def _unpacked(text: str) -> str:
+    """The text of a large recipe, of at most _MOST bytes: files may come from strangers."""
+    unpack = zlib.decompressobj()
+    found = unpack.decompress(base64.b64decode(text.removeprefix(_PACKED)), _MOST)
+    if unpack.unconsumed_tail:
+        raise ValueError(f"more than {_MOST // 2**20} MiB of text")
+    return found.decode()
 
 
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     """Writes a picture with its recipe, whole or not at all."""
     info = PngImagePlugin.PngInfo()
     text = json.dumps(recipe.to_json())
-    # Readers take no more than this from a compressed text (thousands of prompts in a call).
-    info.add_itxt(CHUNK, text, zip=len(text) < PngImagePlugin.MAX_TEXT_CHUNK)
+    if len(text) < PngImagePlugin.MAX_TEXT_CHUNK:
+        info.add_itxt(CHUNK, text, zip=True)
+    else:  # of thousands of prompts: readers unpack no compressed text of that size
+        packed = base64.b64encode(zlib.compress(text.encode())).decode()
+        info.add_itxt(CHUNK, _PACKED + packed, zip=False)
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

@@ -29,13 +29,14 @@ class Registry:
     def __init__(self, kind: str, package: str, group: str) -> None:
         self.kind, self.package, self.group = kind, package, group
         self._entries: dict[str, Any] = {}
-        self._loaded = False
+        self._loading = self._complete = False
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds a class or function under a name."""
 
         def add(thing: T) -> T:
-            if name in self._entries and self._entries[name] is not thing:
+            known = self._entries.get(name, thing)
+            if known is not thing and _place(known) != _place(thing):  # a module may be run again
                 raise OptionError(f"The {self.kind} {name!r} is registered twice.")
             self._entries[name] = thing
             return thing
@@ -44,17 +45,19 @@ class Registry:
 
     def load(self) -> None:
         """Imports the built-in package and lists other distributions' entry points."""
+        if self._complete:
+            return
         with TURN:  # other threads wait for all names; modules being imported may ask
-            if self._loaded:
+            if self._loading or self._complete:
                 return
-            self._loaded = True
+            self._loading = True
             try:
                 importlib.import_module(self.package)
-            except BaseException:
-                self._loaded = False  # the next look-up says again what is wrong
-                raise
+            finally:
+                self._loading = False  # where it failed, the next look-up says so again
             for entry in entry_points(group=self.group):
                 self._entries.setdefault(entry.name, entry)
+            self._complete = True
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -74,6 +77,10 @@ class Registry:
         if hasattr(entry, "load") and hasattr(entry, "group"):
             entry = self._entries[name] = entry.load()
         return entry
+
+
+def _place(thing: Any) -> tuple[str | None, str | None]:  # noqa: ANN401
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
 
 
 METHODS = Registry("method", "steering.samplers", "steering.methods")

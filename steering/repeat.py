@@ -23,8 +23,10 @@ from steering.method import Method, build_method
 from steering.recipe import Recipe, package_versions, read
 from steering.result import Result
 from steering.scoring import recipe_reward
+from steering.turns import renewed_by_forks
 
 _REPLAYING = threading.RLock()
+renewed_by_forks(_REPLAYING)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

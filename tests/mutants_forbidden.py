@@ -37,10 +37,17 @@ MUTANTS = (
         SWEEP,
     ),
     Mutant(
+        "particle_gibbs: what was found before burn_in ended is lost",
+        "samplers/particle_gibbs.py",
+        "if reference is None and missed is not None:",
+        "if missed is not None and not any(pool.weight.values()):",
+        (f"{HERE}what_was_found_before_the_burn_in_ended_is_delivered",),
+    ),
+    Mutant(
         "a goal is compared in float64",
         "samplers/base.py",
-        "reward >= min(goal, float(np.float32(goal)))",
-        "reward >= goal",
+        "goal is not None and reward >= min(goal, float(np.float32(goal)))",
+        "goal is not None and reward >= goal",
         (f"{HERE}a_goal_is_reached_by_the_float32_nearest_to_it",),
     ),
 )

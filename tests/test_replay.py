@@ -69,6 +69,8 @@ def test_a_method_with_a_function_is_given_again(tmp_path):
         ({"model": {}}, "weights"),
         ({"model": {"setup": 3}}, r"model\.setup"),
         ({"model": {"setup": {"frozen": "vae"}}}, r"model\.setup"),
+        ({"model": {"setup": {"tiling": "no"}}}, r"model\.setup"),
+        ({"model": {"setup": {"compile": 5}}}, r"model\.setup"),
     ],
 )
 def test_damaged_values_are_one_clear_error(made, tmp_path, changes, message):
@@ -88,6 +90,17 @@ def test_the_recipe_of_thousands_of_prompts_can_be_read(made, tmp_path):
     with Image.open(file) as image:
         write_png(image, tmp_path / "large.png", large)
     assert read(tmp_path / "large.png") == large
+    assert (tmp_path / "large.png").stat().st_size < 300_000
+
+
+def test_a_recipe_that_unpacks_without_end_is_refused(made, tmp_path, monkeypatch):
+    _, file = made
+    monkeypatch.setattr("steering.recipe._MOST", 2**20)
+    prompts = ["a fox " * 200_000]
+    with Image.open(file) as image:
+        write_png(image, tmp_path / "bomb.png", replace(read(file), prompts=prompts))
+    with pytest.raises(RecipeError, match="more than 1 MiB"):
+        read(tmp_path / "bomb.png")
 
 
 def test_a_folder_where_a_picture_should_be_written(made, tmp_path):
@@ -145,13 +158,20 @@ def tiled(folder):
     return pipe
 
 
+def unet_last(folder):
+    pipe = plain(folder)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
+
+
 READY = {
+    "unet last": (unet_last, {"channels_last": ["unet"]}),
     "plain": (plain, {}),
     "frozen": (frozen, {"frozen": ["vae"]}),
     "tiled": (tiled, {"tiling": True, "slicing": True}),
     "channels last": (
         lambda f: steering.load(f, dtype="float32", channels_last=True),
-        {"channels_last": True},
+        {"channels_last": ["vae"]},
     ),
     "attention": (
         lambda f: steering.load(f, dtype="float32", attention="math"),
@@ -168,7 +188,7 @@ def test_a_pipeline_is_made_ready_again_as_it_was(saved, tmp_path, name):
     method = steering.samplers.BestOfN(n=6, select="all")
     first = steering.steer(pipe, "a fox", reward="brightness", method=method, out=tmp_path, **call)
     setup = read(tmp_path / "000.png").model["setup"]
-    standard = {"attention": "native", "compile": False, "channels_last": False, "frozen": []}
+    standard = {"attention": "native", "compile": False, "channels_last": [], "frozen": []}
     assert setup == {**standard, "slicing": False, "tiling": False, **said}
     again = steering.replay(tmp_path / "000.png")
     assert torch.equal(again.result.pixels, first.pixels)

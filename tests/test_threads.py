@@ -20,8 +20,11 @@ import pytest
 import torch
 
 import steering
+from steering.attention import use_attention
+from steering.errors import OptionError
+from steering.loading import describe
 from steering.pipelines.frozen import frozen
-from steering.registry import Registry
+from steering.registry import METHODS, Registry
 from steering.repeat import _threads
 from steering.rewards import as_reward, detector
 from steering.rewards.networked import Networked, Placed
@@ -29,7 +32,8 @@ from steering.turns import TURN
 from tests.tiny_pipelines import BOAT, FOX, build
 
 SLOW = Registry("thing", "slow_names", "steering.none")
-METHODS = ("best_of_n", "fk", "reno", "dts")
+BROKEN = Registry("thing", "broken_names", "steering.none")
+RUNS = ("best_of_n", "fk", "reno", "dts")
 
 
 def light(images: torch.Tensor) -> torch.Tensor:
@@ -73,7 +77,7 @@ def test_threads_that_share_a_pipeline_get_what_each_gets_alone(name) -> None:
         text = FOX if seed else BOAT
         return steering.steer(pipe, text, reward=light, method=method, nfe=64, seed=seed, **call)
 
-    jobs = [(method, seed) for method in METHODS for seed in range(2)]
+    jobs = [(method, seed) for method in RUNS for seed in range(2)]
     alone = [one(job) for job in jobs]
     network = pipe.unet if name == "sd" else pipe.transformer
     with visits(network, 0.001) as seen, ThreadPoolExecutor(len(jobs)) as pool:
@@ -130,14 +134,31 @@ def test_pipelines_that_share_parts_take_turns() -> None:
         assert torch.equal(found.pixels, alone[k % 2].pixels)
 
 
-def test_a_call_of_the_pipeline_waits_for_its_turn() -> None:
+WAITS = {
+    "noise": lambda pipe, model: model.noise(1, steering.NoiseKey(0)),
+    "attention": lambda pipe, model: use_attention(pipe, "native"),
+    "how it is made ready": lambda pipe, model: describe(pipe),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_for_its_turn(name) -> None:
     pipe, call = tiny()
     with steering.wrap(pipe, prompt=FOX, **call) as model:
-        thread = threading.Thread(target=lambda: model.noise(1, steering.NoiseKey(0)))
+        thread = threading.Thread(target=WAITS[name], args=(pipe, model), daemon=True)
         with TURN:
             thread.start()
             thread.join(0.3)
             assert thread.is_alive()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_names_are_looked_up_without_a_turn() -> None:
+    METHODS.load()
+    thread = threading.Thread(target=METHODS.get, args=("fk",), daemon=True)
+    with TURN:
+        thread.start()
         thread.join(10)
         assert not thread.is_alive()
 
@@ -228,17 +249,17 @@ def test_waiting_for_others_is_no_time_of_the_run() -> None:
     go, held = threading.Event(), threading.Event()
 
     def hold() -> None:
-        go.wait()
+        go.wait(20)
         with TURN:
             held.set()
-            time.sleep(0.4)
+            time.sleep(0.8)
 
     def slow(images: torch.Tensor) -> torch.Tensor:
         go.set()
         held.wait(5)
         return light(images)
 
-    thread = threading.Thread(target=hold)
+    thread = threading.Thread(target=hold, daemon=True)
     thread.start()
     method = steering.samplers.FK(n_particles=2)
     budget = steering.Budget(seconds=60)
@@ -246,7 +267,7 @@ def test_waiting_for_others_is_no_time_of_the_run() -> None:
     found = steering.steer(pipe, FOX, reward=slow, method=method, budget=budget, **call)
     thread.join()
     waited = time.perf_counter() - started - found.ledger.seconds
-    assert waited > 0.2
+    assert waited > 0.6
     assert not found.cancelled
 
 
@@ -266,7 +287,7 @@ def test_a_forked_process_begins_with_a_free_turn() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
         child = os.fork()
     if child == 0:
-        os._exit(0 if TURN._lock.acquire(timeout=10) else 1)
+        os._exit(0 if TURN.acquire(timeout=10) else 1)
     _, status = os.waitpid(child, 0)
     done.set()
     thread.join()
@@ -311,11 +332,19 @@ def test_threads_that_come_first_together_all_find_every_name(tmp_path, monkeypa
         assert set(pool.map(lambda _: SLOW.get("thing"), range(4))) == {dict}
 
 
-def test_a_package_that_cannot_be_imported_says_so_each_time() -> None:
-    registry = Registry("thing", "no_such_package_here", "steering.none")
+def test_a_package_that_cannot_be_imported_says_so_each_time(tmp_path, monkeypatch) -> None:
+    """Also where it fails after a name has been registered."""
+    (tmp_path / "broken_names.py").write_text(
+        "from tests.test_threads import BROKEN\n"
+        "@BROKEN.register('thing')\nclass Thing: ...\n"
+        "import no_such_package_here\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="no_such_package_here"):
-            registry.get("thing")
+            BROKEN.get("thing")
+    with pytest.raises(OptionError, match="registered twice"):
+        BROKEN.register("thing")(dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steering.errors import PipelineError
-from steering.turns import TURN
+from steering.turns import TURN, in_turn
 
 _DENOISER = re.compile(r"(transformer|unet|prior|dit|denoiser)(_\d+)?$")
 
@@ -69,7 +69,7 @@ class Meter:
     def on(self, counter: str = "rows") -> Iterator[None]:
         """Counts the calls made inside, by this thread; not those of the user's own pipeline
         beside it. One thread at a time."""
-        with TURN:
+        with in_turn():
             before = self._counter, self._thread
             self._counter, self._thread = counter, threading.get_ident()
             try:

@@ -28,7 +28,7 @@ from steering.pipelines.preview import open_preview
 from steering.pipelines.prompts import Arguments
 from steering.pipelines.schedule import Schedule
 from steering.pipelines.script import Script
-from steering.turns import TURN
+from steering.turns import in_turn
 
 
 def wrap(
@@ -45,7 +45,8 @@ def wrap(
     Args:
         pipe: the pipeline; it is not changed, and can be used between runs. Threads may steer with
             one pipeline at once, each by a model of its own: their calls take turns. Your own
-            ``pipe(...)`` does not; call it within ``steering.turns.TURN`` where others run.
+            ``pipe(...)`` does not; call it ``with steering.turns.TURN`` where others run. A thread
+            that asks a model itself calls ``rest()`` before it ends.
         mixed_times: whether rows at different times may share a batch; "auto" finds out.
         max_batch: most rows of one frame (guidance may double them inside).
         name: for reports, and for rewards that have weights of their own for a model; by default
@@ -323,7 +324,7 @@ class WrappedPipeline:
         self._check_rows(x0, [self.grid().times[0]] * n, [0] * n)
         x0 = (x0 if grad else x0.detach()).to(self.device)
         decode = self._decode if grad else self._decode_short
-        with TURN:  # torch multiplies in another order where parameters are frozen
+        with in_turn():  # torch multiplies in another order where parameters are frozen
             if n <= (self.max_batch or n):
                 return decode(x0, grad, small)
             return torch.cat([decode(part, grad, small) for part in x0.split(self.max_batch or n)])
