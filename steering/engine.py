@@ -278,7 +278,8 @@ class Engine:
                 with watch:
                     answer = self._evaluate(batch, rows)
                 parts.append((rows, answer))
-                batch.note(rows, answer)
+                if todo:  # or it is all there, and noted as an answer
+                    batch.note(rows, answer)
             except Exception as error:
                 owners = batch.by_owner(rows)
                 if self._halved(batch, len(rows), error):
