@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -116,8 +115,7 @@ class Scorer:
         return features @ self.weight + self.bias
 
 
-@lru_cache(maxsize=8)
-@checkpoints.building()
+@checkpoints.kept(8)
 def _scorer(encoder: Encoder, path: Path) -> Scorer:
     weight, bias = collapse(read_state(path, "aesthetic"), str(path))
     return Scorer(encoder, weight, bias)
@@ -168,8 +166,7 @@ def _layers(state: dict[str, Tensor], where: str) -> list[tuple[int, Tensor, Ten
     return [(n, found[n]["weight"], found[n]["bias"]) for n in sorted(found)]
 
 
-@lru_cache(maxsize=2)
-@checkpoints.building()
+@checkpoints.kept(2)
 def siglip(source: str, precision: str, device: str) -> Encoder:
     """The SigLIP image tower behind v2.5 (pooled output; both sides scaled to 384)."""
     from transformers import SiglipVisionModel

@@ -8,16 +8,18 @@ are wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from steering.errors import OptionError, WeightsError
 from steering.turns import TURN
 
+T = TypeVar("T", bound=Callable[..., Any])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 WEIGHTS = (*SAFE, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -32,6 +34,24 @@ def building() -> Iterator[None]:
     weights that loaded ones replace leave the caller's generator as it was."""
     with TURN, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         yield
+
+
+def kept(most: int) -> Callable[[T], T]:
+    """Decorator of loaders: what the last few arguments gave is kept, and made once in `building`,
+    whichever thread comes first. ``cache_clear()`` and ``cache_info()`` as of `lru_cache`."""
+
+    def keep(load: T) -> T:
+        cached = lru_cache(maxsize=most)(building()(load))
+
+        @wraps(load)
+        def once(*given: Any, **more: Any) -> Any:  # noqa: ANN401
+            with TURN:
+                return cached(*given, **more)
+
+        vars(once).update(cache_clear=cached.cache_clear, cache_info=cached.cache_info)
+        return once  # type: ignore[return-value]
+
+    return keep
 
 
 def dtype_of(precision: str, reward: str) -> torch.dtype:

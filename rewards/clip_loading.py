@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steering.errors import OptionError, WeightsError, unknown_name
-from steering.rewards.checkpoints import building
+from steering.rewards.checkpoints import kept
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEFAULT_TAG = "openai"
@@ -37,8 +36,7 @@ class Loaded:
     encoder: Any = None
 
 
-@lru_cache(maxsize=4)
-@building()
+@kept(4)
 def load(model: str, pretrained: str, precision: str, device: str) -> Loaded:
     """The model in evaluation mode; the last four stay loaded (``load.cache_clear()`` frees them).
 

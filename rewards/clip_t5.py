@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ class ClipT5(nn.Module):
         return self._tokens[text].to(self.t5.device)
 
 
-@lru_cache(maxsize=1)
+@checkpoints.kept(1)
 def load(
     source: str, vision: str, tokenizer: str, reward: str, precision: str, device: str
 ) -> ClipT5:
@@ -138,8 +137,7 @@ def load(
     if not any((folder / name).is_file() for name in checkpoints.TOKENIZER):
         words = checkpoints.find(tokenizer, reward, (checkpoints.TOKENIZER,))
     tower = checkpoints.find(vision, reward, ("config.json", "preprocessor_config.json"))
-    with checkpoints.building():
-        return _assemble(folder, config, words, tower, reward, dtype, device)
+    return _assemble(folder, config, words, tower, reward, dtype, device)
 
 
 def _assemble(

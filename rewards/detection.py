@@ -18,7 +18,6 @@ from steering.rewards.images import device_name
 from steering.rewards.memory import in_batches
 from steering.rewards.networked import Placed, at_work, needs_gradient, put_away
 from steering.scoring import Scores
-from steering.turns import TURN
 
 _ITEM = re.compile(r"(?:(\d+)\s+)?(\S.*)")
 Wants = tuple[tuple[str, int], ...]
@@ -151,8 +150,7 @@ class _Detection(Reward):
 
     def _finder(self, device: torch.device | str) -> detection_models.Finder:
         where = str(self._place(device))
-        with TURN:  # a second thread finds what the first has loaded
-            return detection_models.load(self.model, self.name, self.precision, where)
+        return detection_models.load(self.model, self.name, self.precision, where)
 
     def _place(self, device: torch.device | str) -> torch.device:
         return torch.device(device_name(self.device or device))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ class Masks(Closed):
         return Boxes(scores=scores, corners=_extents(inside))
 
 
-@lru_cache(maxsize=2)
+@checkpoints.kept(2)
 def load(source: str, reward: str, precision: str, device: str) -> Finder:
     """The detector of a folder or hub id; the last two stay loaded.
 
@@ -195,9 +194,8 @@ def load(source: str, reward: str, precision: str, device: str) -> Finder:
     }
     closed = (Closed, tf.AutoModelForObjectDetection, tf.AutoImageProcessor)
     cls, model_cls, processor_cls = kinds.get(kind, closed)
-    with checkpoints.building():
-        model = checkpoints.load_model(model_cls, folder, reward, dtype, device)
-        return cls(model, checkpoints.load_part(processor_cls, folder, reward))
+    model = checkpoints.load_model(model_cls, folder, reward, dtype, device)
+    return cls(model, checkpoints.load_part(processor_cls, folder, reward))
 
 
 def _kind(folder: Path, reward: str) -> str:

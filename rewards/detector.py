@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steering.rewards.base import Reward, register
-from steering.rewards.checkpoints import building
+from steering.rewards.checkpoints import kept
 from steering.rewards.images import device_name, need_text
 from steering.scoring import Scores
-from steering.turns import TURN
+from steering.turns import in_turn
 
 if TYPE_CHECKING:
     from steering.stickers.judge import StickerJudge
@@ -44,7 +43,7 @@ class Detector(Reward):
 
         for prompt in getattr(model, "prompts", ()):
             parse(*need_text([prompt], self.name))
-        _shared(getattr(model, "device", "cpu"))
+        _judge(device_name(getattr(model, "device", "cpu")))
         return self
 
     def score(
@@ -52,8 +51,8 @@ class Detector(Reward):
     ) -> Scores:
         """Correct or not [n] as 1 or 0."""
         records = need_text(prompts, self.name) if metadata is None else list(metadata)
-        judge = _shared(images.device)
-        with TURN:
+        judge = _judge(device_name(images.device))
+        with in_turn():
             verdicts = judge.judge(images, records)
         return Scores(
             value=torch.tensor([float(v.correct) for v in verdicts], device=images.device),
@@ -65,15 +64,9 @@ class Detector(Reward):
         )
 
 
-@lru_cache(maxsize=2)
-@building()
+@kept(2)
 def _judge(device: str) -> StickerJudge:
     from steering.stickers.judge import StickerJudge
     from steering.stickers.load import load_detector
 
     return StickerJudge(load_detector().to(device))  # type: ignore[arg-type]
-
-
-def _shared(device: Any) -> StickerJudge:  # noqa: ANN401
-    with TURN:  # a second thread finds what the first has loaded
-        return _judge(device_name(device))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -142,8 +141,7 @@ class _Crop:
         return (x - mean) / std
 
 
-@lru_cache(maxsize=2)
-@checkpoints.building()
+@checkpoints.kept(2)
 def dino(source: str, precision: str, device: str, reward: str) -> Encoder:
     """A DINO image tower: the normalised CLS token, at 224 pixels."""
     from transformers import AutoModel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from steering.errors import OptionError, unknown_name
 from steering.rewards.base import register
-from steering.rewards.checkpoints import building, dtype_of
+from steering.rewards.checkpoints import dtype_of, kept
 from steering.rewards.clip import Encoder
 from steering.rewards.clip_loading import Loaded
 from steering.rewards.images import need_text
@@ -90,8 +89,7 @@ def author_pixels(images: Tensor, size: int = 224, *, antialias: bool = True) ->
     return (square - mean) / std
 
 
-@lru_cache(maxsize=2)
-@building()
+@kept(2)
 def _hps(source: str, version: str, architecture: str, precision: str, device: str) -> Encoder:
     import open_clip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.errors import WeightsError
 from steering.rewards.base import register
-from steering.rewards.checkpoints import building
+from steering.rewards.checkpoints import kept
 from steering.rewards.images import need_text
 from steering.rewards.networked import Networked, find_file, read_state
 from steering.rewards.qwen_reward import QwenReward, build, fit_frames, read_rubric
@@ -94,8 +94,7 @@ def _installed() -> Path:
     return Path(next(iter(found.submodule_search_locations))) / "dataset" / _RUBRIC
 
 
-@lru_cache(maxsize=1)
-@building()
+@kept(1)
 def _hps3(source: str, base: str, precision: str, device: str) -> QwenReward:
     path = find_file(source, "HPSv3.safetensors", "hps3")
     return build(read_state(path, "hps3"), base, [MARK], path, "hps3", precision, device)

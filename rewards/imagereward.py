@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,8 +139,7 @@ class Towers(torch.nn.Module):
         )
 
 
-@lru_cache(maxsize=2)
-@checkpoints.building()
+@checkpoints.kept(2)
 def _blip(source: str, tokenizer: str, precision: str, device: str) -> Blip:
     from transformers import AutoTokenizer
 

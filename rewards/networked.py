@@ -35,8 +35,8 @@ class Net(Protocol):
 class Networked(Reward):
     """Base of rewards with a network: micro-batches, device, precision, offload.
 
-    A subclass writes ``_load(where)``, which returns its `Net` from a cache (made in
-    `checkpoints.building`), and ``_values``.
+    A subclass writes ``_load(where)``, which returns its `Net` from a cache (`checkpoints.kept`),
+    and ``_values``.
 
     Attributes:
         precision: "fp32", "bf16" or "fp16", for the network; values are float32.

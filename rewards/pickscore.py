@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,8 +51,7 @@ class PickScore(Networked):
         return self.scale * net.model.logit_scale.exp() * cosines
 
 
-@lru_cache(maxsize=2)
-@checkpoints.building()
+@checkpoints.kept(2)
 def clip_towers(source: str, tokenizer: str, precision: str, device: str, reward: str) -> Encoder:
     """Image and text towers of a transformers ``CLIPModel``; the last two stay loaded.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steering.errors import OptionError, WeightsError
 from steering.rewards.base import register
-from steering.rewards.checkpoints import building
+from steering.rewards.checkpoints import kept
 from steering.rewards.images import need_text
 from steering.rewards.networked import Networked, read_state
 from steering.rewards.qwen_reward import (
@@ -129,8 +129,7 @@ def rubric_text(rubric: str) -> str:
     return text
 
 
-@lru_cache(maxsize=1)
-@building()
+@kept(1)
 def _judge(source: str, base: str, precision: str, device: str) -> Judge:
     folder = _folder(source)
     config_path = folder / "model_config.json"

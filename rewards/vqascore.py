@@ -19,7 +19,6 @@ from steering.rewards.images import device_name, need_text
 from steering.rewards.memory import in_batches
 from steering.rewards.networked import Placed, at_work, needs_gradient, put_away
 from steering.scoring import Scores
-from steering.turns import TURN
 
 FLAN_QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 CHAT_QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
@@ -122,10 +121,9 @@ class VQAScore(Reward):
         folder = checkpoints.find(self.model, self.name, ("config.json", checkpoints.WEIGHTS))
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind == clip_t5.MODEL_TYPE:
-            with TURN:  # a second thread finds what the first has loaded
-                flan = clip_t5.load(
-                    str(folder), self.vision, self.tokenizer, self.name, self.precision, where
-                )
+            flan = clip_t5.load(
+                str(folder), self.vision, self.tokenizer, self.name, self.precision, where
+            )
             return Placed(model=flan, device=torch.device(where))
         return load_chat(
             str(folder), self.name, self.precision, where, self.batch_size, self.offload

@@ -54,7 +54,7 @@ def load(
         pipe = _open(source, dtype, device)
     _lay_out(pipe, channels_last)
     if vae is not None:
-        _save_memory(pipe, vae)
+        _save_memory(pipe, *(_SAVINGS if vae == "tiling" else (vae,)))
     if attention != "native":
         from steering.attention import use_attention
 
@@ -92,14 +92,13 @@ def _lay_out(pipe: Any, channels_last: bool | str) -> None:  # noqa: ANN401
         part.to(memory_format=torch.channels_last)
 
 
-def _save_memory(pipe: Any, vae: str) -> None:  # noqa: ANN401
+def _save_memory(pipe: Any, *savings: str) -> None:  # noqa: ANN401
     part = getattr(pipe, "vae", None)
-    for what in _SAVINGS if vae == "tiling" else ("slicing",):
+    for what in savings:
         enable = getattr(part, f"enable_{what}", None)
         if enable is None:
-            raise OptionError(
-                f"vae={vae!r}: {type(part).__name__} of {type(pipe).__name__} has no {what}."
-            )
+            where = f"{type(part).__name__} of {type(pipe).__name__}"
+            raise OptionError(f"vae={savings[-1]!r}: {where} has no {what}.")
         enable()
 
 
@@ -251,10 +250,7 @@ def load_again(model: dict[str, Any]) -> Any:  # noqa: ANN401
     options = {k: setup[k] for k in ("attention", "compile") if k in setup}
     options |= {"channels_last": False} if "channels_last" in setup else {}
     pipe = load(model["source"], dtype=model["dtype"], device=model["device"], **options)
-    for what in _SAVINGS:
-        enable = getattr(getattr(pipe, "vae", None), f"enable_{what}", None)
-        if setup.get(what) and enable is not None:
-            enable()
+    _save_memory(pipe, *(what for what in _SAVINGS if setup.get(what)))
     for name, part in pipe.components.items():
         if name in setup.get("channels_last", ()):
             part.to(memory_format=torch.channels_last)

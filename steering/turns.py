@@ -36,15 +36,10 @@ def in_turn() -> Iterator[None]:
     """``with TURN:``, whose waiting counts as such."""
     started = time.perf_counter()
     with TURN:
-        add_waiting(time.perf_counter() - started)
+        _OWN.waited = waited() + time.perf_counter() - started
         yield
 
 
 def waited() -> float:
     """Seconds that this thread has waited for its turns."""
     return getattr(_OWN, "waited", 0.0)
-
-
-def add_waiting(seconds: float) -> None:
-    """Counts seconds as waiting of this thread."""
-    _OWN.waited = waited() + seconds

@@ -47,8 +47,8 @@ MUTANTS = (
     Mutant(
         "a replayed pipeline decodes in one piece",
         "steering/loading.py",
-        "if setup.get(what) and enable is not None:",
-        "if False:",
+        "_save_memory(pipe, *(what for what in _SAVINGS if setup.get(what)))",
+        "_save_memory(pipe)",
         (READY,),
     ),
     Mutant(

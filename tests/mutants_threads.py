@@ -137,9 +137,9 @@ MUTANTS = (
     ),
     Mutant(
         "threads: a detector read by each",
-        "rewards/detector.py",
-        "with TURN:  # a second",
-        "if True:  # a second",
+        "rewards/checkpoints.py",
+        "            with TURN:\n                return cached",
+        "            if True:\n                return cached",
         (f"{HERE}the_detector_is_read_once",),
     ),
     Mutant(
